@@ -1,0 +1,45 @@
+# Every target sets up what it needs in .venv; nothing is kept outside the checkout.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch
+# nvcc from pip, so that no system CUDA is needed to compile the CUDA kernels.
+NVCC := "cuda-toolkit[nvcc,cccl]==13.0.*"
+
+.PHONY: demo test test-slow bench lint wheel clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m rfkernels demo --out demo_output
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.cpu_ratios
+
+lint: $(VENV)/.tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+
+wheel: $(VENV)/.tools
+	$(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
+
+$(VENV)/.tools: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q $(TORCH) numpy setuptools wheel cmake ninja pybind11 ruff clang-format
+	$(BIN)/pip install -q $(NVCC) || echo "no nvcc from pip: CUDA kernels are left out"
+	touch $@
+
+# Editable: tests and benchmarks run on the sources; the compiled part is built in place.
+SOURCES := $(shell git ls-files csrc CMakeLists.txt setup.py 2>/dev/null)
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	$(BIN)/pip install -q --no-build-isolation -e ".[test,demo,bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info rfkernels/*.so

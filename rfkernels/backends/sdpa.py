@@ -1,0 +1,497 @@
+"""Attention by torch's scaled_dot_product_attention over the cache's contiguous prefix.
+
+On the CPU that kernel runs near the machine's matrix rate, lengths are read from CPU tensors and cache updates are
+compiled loops. On other devices nothing is read back: until the cache is full the whole buffer (zeros where nothing
+has been written) is attended under a mask, and cache updates are the reference's torch operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .. import native, reference
+from ..arguments import CacheTensors, Past, accumulate_dtype, open_frames
+from ..geometry import CacheGeometry, WindowMask
+from ..rope import RopeTables
+
+_native = torch.ops.rfkernels_native
+_SCORES_IN_FLIGHT = 1 << 23  # float32 scores that a backward block may hold: 32 MB
+_MASKED_QUERIES = 128  # queries a masked block holds: a mask this tall costs little beside its scores
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def begin_chunk(
+    cache: CacheTensors,
+    num_frames: torch.Tensor,
+    new_frames: int,
+    advancing: torch.Tensor | None,
+    decay: torch.Tensor | None,
+    rope: RopeTables | None,
+    geometry: CacheGeometry,
+    before_window: bool,
+) -> None:
+    if not native.serves(cache.k):
+        return reference.begin_chunk(cache, num_frames, new_frames, advancing, decay, rope, geometry, before_window)
+    _native.begin_chunk(
+        *_tensors(cache),
+        num_frames,
+        new_frames,
+        advancing,
+        decay,
+        *_tables(rope),
+        *_sizes(geometry),
+        before_window,
+    )
+
+
+def write(
+    cache: CacheTensors,
+    num_frames: torch.Tensor,
+    new_k: torch.Tensor,
+    new_v: torch.Tensor,
+    rope: RopeTables | None,
+    geometry: CacheGeometry,
+) -> None:
+    if not native.serves(cache.k):
+        return reference.write(cache, num_frames, new_k, new_v, rope, geometry)
+    _native.write(*_tensors(cache), num_frames, _rows(new_k), _rows(new_v), *_tables(rope), *_sizes(geometry))
+
+
+def rotate(
+    x: torch.Tensor,
+    frames: torch.Tensor,
+    rope: RopeTables | None,
+    *,
+    first_token: int = 0,
+    inverse: bool = False,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`reference.rotate`, compiled where that is possible."""
+    if rope is None or not native.serves(x):
+        return reference.rotate(x, frames, rope, first_token=first_token, inverse=inverse, dtype=dtype)
+    return _native.rotate(
+        _rows(x),
+        frames,
+        first_token,
+        rope.frame_tokens,
+        rope.frame_turns,
+        rope.spatial,
+        rope.half_split,
+        inverse,
+        dtype,
+    )
+
+
+def redmd_loss(
+    x, fake, real_cond, real_uncond, fake_uncond, weight, mask, guidance_scale, fake_guidance_scale, need_grad
+):
+    latents = (x, fake, real_cond, real_uncond, fake_uncond)
+    if not native.serves(x):
+        return reference.redmd_loss(*latents, weight, mask, guidance_scale, fake_guidance_scale, need_grad)
+    latents = (None if latent is None else latent.contiguous() for latent in latents)
+    mask = None if mask is None else mask.contiguous()
+    return _native.redmd_loss(*latents, weight.contiguous(), mask, guidance_scale, fake_guidance_scale, need_grad)
+
+
+def _tensors(cache: CacheTensors) -> tuple[torch.Tensor | None, ...]:
+    return cache.k, cache.v, cache.sink_k, cache.sink_v
+
+
+def _tables(rope: RopeTables | None) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
+    return (None, None, False) if rope is None else (rope.frame_turns, rope.spatial, rope.half_split)
+
+
+def _sizes(geometry: CacheGeometry) -> tuple[int, int, int]:
+    return geometry.sink_frames, geometry.window_frames, geometry.frame_tokens
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# --- dense attention, the one primitive -------------------------------------------------------------------------------
+
+
+def dense(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    visible: torch.Tensor | None = None,
+    return_lse: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q ``[B, N_q, H_q, D]`` over k, v ``[B, N_k, H_kv, D]`` of one dtype; visible: bool ``[B or 1, N_q or 1, N_k]``.
+
+    Returns out in that dtype and lse (empty unless return_lse). A query that sees nothing gets zeros and -inf.
+    """
+    batch, queries, heads, _ = q.shape
+    if k.shape[1] == 0 or queries == 0:
+        return torch.zeros_like(q), q.new_full((batch, heads, queries), -torch.inf, dtype=accumulate_dtype(q.dtype))
+    bias = None
+    if visible is not None:
+        bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)[:, None]
+    if q.device.type == "cpu":
+        out, lse = _dense_cpu(q, k, v, scale, bias)
+    else:
+        q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
+        grouped = heads != k.shape[2]
+        out = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=bias, scale=scale, enable_gqa=grouped)
+        out = out.transpose(1, 2)
+        lse = _normaliser(q, k, scale, visible) if return_lse else q.new_empty(0, dtype=accumulate_dtype(q.dtype))
+    if visible is not None:
+        empty = ~visible.any(-1)
+        out = torch.where(empty[:, :, None, None], 0, out)
+        lse = torch.where(empty[:, None], -torch.inf, lse) if return_lse else lse
+    return out.contiguous(), lse
+
+
+def _dense_cpu(q, k, v, scale, bias):
+    """torch's flash kernel for CPUs, which also returns the normaliser and takes any strides."""
+    group = q.shape[2] // k.shape[2]
+    if group == 1:
+        out, lse = _flash(*(x.transpose(1, 2) for x in (q, k, v)), scale, bias)
+        return out.transpose(1, 2), lse
+    # Grouped heads: H_kv stands in for the batch, and the group's queries share its keys through a stride of zero.
+    outs, lses = [], []
+    for sample in range(len(q)):
+        queries = q[sample].unflatten(1, (k.shape[2], group)).permute(1, 2, 0, 3)
+        keys, values = (x[sample].transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))
+        own = None if bias is None else bias[sample if len(bias) > 1 else 0]
+        out, lse = _flash(queries, keys, values, scale, own)
+        outs.append(out.permute(2, 0, 1, 3).flatten(1, 2))
+        lses.append(lse.flatten(0, 1))
+    return torch.stack(outs), torch.stack(lses)
+
+
+def _flash(q, k, v, scale, bias):
+    if bias is not None:
+        bias = bias.expand(*bias.shape[:-2], q.shape[-2], -1)
+        bias = bias if bias.dim() == 4 else bias[None]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+
+
+def _score_blocks(q: torch.Tensor, k: torch.Tensor, scale: float, visible: torch.Tensor | None) -> Iterator[tuple]:
+    """(sample, queries, scores) blocks with float32 (float64) scores ``[H_kv, G * rows, N_k]``."""
+    precision = accumulate_dtype(q.dtype)
+    rows = max(1, _SCORES_IN_FLIGHT // max(1, q.shape[2] * k.shape[1]))
+    for sample in range(len(q)):
+        keys = k[sample].to(precision).permute(1, 2, 0)
+        for start in range(0, q.shape[1], rows):
+            block = slice(start, min(start + rows, q.shape[1]))
+            scores = _by_group(q[sample, block].to(precision), k.shape[2]) @ keys * scale
+            if visible is not None:
+                own = visible.expand(len(q), q.shape[1], -1)[sample, block]
+                scores.unflatten(1, (-1, own.shape[0])).masked_fill_(~own, -torch.inf)
+            yield sample, block, scores
+
+
+def _by_group(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """``[N, H_q, D] -> [H_kv, G * N, D]``."""
+    return x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def _from_group(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """``[H_kv, G * N, D] -> [N, H_q, D]``."""
+    return x.unflatten(1, (-1, rows)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _normaliser(q, k, scale, visible):
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulate_dtype(q.dtype))
+    for sample, block, scores in _score_blocks(q, k, scale, visible):
+        lse[sample, :, block] = scores.logsumexp(-1).unflatten(1, (-1, block.stop - block.start)).flatten(0, 1)
+    return lse
+
+
+def dense_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    visible: torch.Tensor | None = None,
+    grad_keys: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `dense`, recomputed block by block from lse, in float32 (float64).
+
+    out and lse may belong to a larger set of keys of which k, v are a part; then this is that part's share. Only the
+    first ``grad_keys`` keys get a gradient (default: all).
+    """
+    precision, kv_heads = accumulate_dtype(q.dtype), k.shape[2]
+    grad_keys = k.shape[1] if grad_keys is None else grad_keys
+    grad_q = torch.empty(q.shape, dtype=precision, device=q.device)
+    grad_k = torch.zeros(len(k), grad_keys, *k.shape[2:], dtype=precision, device=q.device)
+    grad_v = torch.zeros_like(grad_k)
+    for sample, block, scores in _score_blocks(q, k, scale, visible):
+        rows = block.stop - block.start
+
+        def part(x, sample=sample, block=block):
+            return _by_group(x[sample, block].to(precision), kv_heads)
+
+        q_, out_, grad_out_ = part(q), part(out), part(grad_out)
+        lse_, grad_lse_ = (
+            x[sample, :, block].unflatten(0, (kv_heads, -1)).flatten(1, 2)[..., None].to(precision)
+            for x in (lse, grad_lse)
+        )
+        # An empty row has lse = -inf and no visible key: its weights are zero.
+        weights = scores.sub_(torch.where(lse_ == -torch.inf, torch.inf, lse_)).exp_()
+        delta = (grad_out_ * out_).sum(-1, keepdim=True) - grad_lse_
+        grad_v[sample] += (weights[..., :grad_keys].mT @ grad_out_).transpose(0, 1)
+        grad_scores = (grad_out_ @ v[sample].to(precision).permute(1, 2, 0)).sub_(delta).mul_(weights).mul_(scale)
+        grad_q[sample, block] = _from_group(grad_scores @ k[sample].to(precision).transpose(0, 1), rows)
+        grad_k[sample] += (grad_scores[..., :grad_keys].mT @ q_).transpose(0, 1)
+    return grad_q, grad_k, grad_v
+
+
+# --- the open chunk ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Samples of one age: which, their first existing token of the chunk, and their visible frames."""
+
+    samples: slice
+    missing_tokens: int
+    valid_frames: int
+
+
+def _same_age(num_frames: torch.Tensor, frames: int, geometry: CacheGeometry) -> list[_Streams]:
+    """Reads the lengths of a CPU cache: one group where all streams are of one age, else one for each stream."""
+    ages = num_frames.tolist()
+    slices = [slice(0, len(ages))] if len(set(ages)) == 1 else [slice(b, b + 1) for b in range(len(ages))]
+    return [
+        _Streams(s, max(0, frames - ages[s.start]) * geometry.frame_tokens, geometry.valid_frames(ages[s.start]))
+        for s in slices
+    ]
+
+
+def attend(q, k, v, num_frames, rope, geometry, scale, full, return_lse):
+    frames = open_frames(num_frames, q.shape[1] // geometry.frame_tokens)
+    q = rotate(q, frames, rope, dtype=k.dtype)
+    if k.device.type != "cpu":
+        return _attend_masked(q, k, v, num_frames, frames, geometry, scale, full, return_lse)
+    groups = _same_age(num_frames, frames.shape[1], geometry)
+    if len(groups) == 1 and groups[0].missing_tokens == 0:
+        tokens = groups[0].valid_frames * geometry.frame_tokens
+        return dense(q, k[:, :tokens], v[:, :tokens], scale)
+    out, lse = _empty_rows(q)
+    for group in groups:
+        rows, tokens = slice(group.missing_tokens, None), group.valid_frames * geometry.frame_tokens
+        parts = (q[group.samples, rows], k[group.samples, :tokens], v[group.samples, :tokens])
+        out[group.samples, rows], lse[group.samples, :, rows] = dense(*parts, scale)
+    return out, lse
+
+
+def _attend_masked(q, k, v, num_frames, frames, geometry, scale, full, return_lse):
+    """Without reading a length: the whole buffer, under a mask until every stream has filled it."""
+    if full:
+        return dense(q, k, v, scale, return_lse=return_lse)
+    keys = torch.arange(k.shape[1], device=k.device)
+    seen = keys < geometry.valid_frames(num_frames)[:, None] * geometry.frame_tokens
+    present = (frames >= 0).repeat_interleave(geometry.frame_tokens, 1)
+    return dense(q, k, v, scale, present[:, :, None] & seen[:, None, :], return_lse)
+
+
+def _empty_rows(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    lse = q.new_full((len(q), q.shape[2], q.shape[1]), -torch.inf, dtype=accumulate_dtype(q.dtype))
+    return torch.zeros_like(q, memory_format=torch.contiguous_format), lse
+
+
+@dataclass(frozen=True)
+class _ChunkPart:
+    """Rows of one group of streams with the keys they see, the chunk's own first."""
+
+    samples: slice
+    rows: slice
+    k: torch.Tensor
+    v: torch.Tensor
+    visible: torch.Tensor | None
+
+
+def _chunk_parts(k: torch.Tensor, v: torch.Tensor, past: Past, geometry: CacheGeometry) -> Iterator[_ChunkPart]:
+    """k (rotated) and v: the chunk's own. Past frames are joined to them for as long as the call lasts."""
+    batch, own = k.shape[:2]
+    frames, stored = own // geometry.frame_tokens, len(past.k) // batch
+    if k.device.type == "cpu":
+        for group in _same_age(past.num_frames, frames, geometry):
+            rows = slice(group.missing_tokens, None)
+            count = max(0, group.valid_frames - frames)
+            chosen = [b * stored + p for b in range(batch)[group.samples] for p in range(count)]
+            joined = []
+            for new, pages in ((k, past.k), (v, past.v)):
+                new = new[group.samples, rows]
+                if count:
+                    old = torch.stack([pages[i] for i in chosen]).unflatten(0, (-1, count)).flatten(1, 2)
+                    new = torch.cat([new, old], 1)
+                joined.append(new)
+            yield _ChunkPart(group.samples, rows, *joined, None)
+        return
+    visible = None
+    if not past.full:
+        present = (open_frames(past.num_frames, frames) >= 0).repeat_interleave(geometry.frame_tokens, 1)
+        valid = (geometry.valid_frames(past.num_frames) - frames).clamp(min=0) * geometry.frame_tokens
+        old = torch.arange(stored * geometry.frame_tokens, device=k.device) < valid[:, None]
+        visible = present[:, :, None] & torch.cat([present, old], 1)[:, None, :]
+    if stored:
+        past_k, past_v = reference.past_tensors(past)
+        k, v = torch.cat([k, past_k], 1), torch.cat([v, past_v], 1)
+    yield _ChunkPart(slice(None), slice(None), k, v, visible)
+
+
+def chunk_attention(q, k, v, past, rope, geometry, scale):
+    frames = open_frames(past.num_frames, q.shape[1] // geometry.frame_tokens)
+    q, k = (rotate(x, frames, rope, dtype=past.dtype) for x in (q, k))
+    out, lse = _empty_rows(q)
+    for part in _chunk_parts(k, reference.store(v, past.dtype), past, geometry):
+        queries = q[part.samples, part.rows]
+        out[part.samples, part.rows], lse[part.samples, :, part.rows] = dense(
+            queries, part.k, part.v, scale, part.visible
+        )
+    return out, lse
+
+
+def chunk_attention_backward(grad_out, grad_lse, q, k, v, out, lse, past, rope, geometry, scale):
+    frames = open_frames(past.num_frames, q.shape[1] // geometry.frame_tokens)
+    precision = accumulate_dtype(past.dtype)
+    rotated_q, rotated_k = (rotate(x, frames, rope, dtype=past.dtype) for x in (q, k))
+    grads = [torch.zeros(x.shape, dtype=precision, device=x.device) for x in (q, k, v)]
+    for part in _chunk_parts(rotated_k, reference.store(v, past.dtype), past, geometry):
+        at, rows = part.samples, part.rows
+        own = k[at, rows].shape[1]
+        shares = dense_backward(
+            grad_out[at, rows], grad_lse[at, :, rows], rotated_q[at, rows], part.k, part.v, out[at, rows],
+            lse[at, :, rows], scale, part.visible, own,
+        )  # fmt: skip
+        for grad, share in zip(grads, shares, strict=True):
+            grad[at, rows] = share
+    grad_q, grad_k = (
+        rotate(grad, frames, rope, inverse=True, dtype=x.dtype) for grad, x in zip(grads, (q, k), strict=False)
+    )
+    return grad_q, grad_k, grads[2].to(v.dtype)
+
+
+# --- full sequences ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _WindowPart:
+    """Queries ``rows`` (of the given ones) and the keys of their window, or of the sinks outside it."""
+
+    rows: slice
+    keys: slice
+    visible: torch.Tensor | None
+    sink: bool
+
+
+def _window_blocks(mask: WindowMask, queries: int, keys: int, device: torch.device) -> Iterator[list[_WindowPart]]:
+    """Blocks of queries, whole chunks each; a block of one chunk needs no mask. No N x N mask anywhere."""
+    first, start = keys - queries, 0
+    while start < queries:
+        stop = mask.chunk_end(first + start)
+        while mask.chunk_end(stop) - (first + start) <= _MASKED_QUERIES:
+            stop = mask.chunk_end(stop)
+        stop = min(stop - first, queries)
+        yield _window_parts(mask, slice(start, stop), first, keys, device)
+        start = stop
+
+
+def _window_parts(mask, rows, first, keys, device) -> list[_WindowPart]:
+    head, tail = first + rows.start, first + rows.stop - 1  # the block's first and last query
+    several = mask.chunk_end(head) != mask.chunk_end(tail)
+    i = torch.arange(head, tail + 1, device=device)[:, None]
+    limit = min(keys, mask.limit(tail))
+    ranges = {
+        False: (max(0, mask.chunk_end(head) - mask.window_tokens), limit),
+        True: (0, min(mask.sink_tokens, mask.chunk_end(tail) - mask.window_tokens, limit)),
+    }
+    parts = []
+    for sink, (low, high) in ranges.items():
+        if low < high:
+            j = torch.arange(low, high, device=device)
+            outside = j < mask.chunk_end(i) - mask.window_tokens
+            visible = mask.visible(i, j) & (outside if sink else ~outside) if several else None
+            parts.append(_WindowPart(rows, slice(low, high), None if visible is None else visible[None], sink))
+    return parts
+
+
+def _query_frames(mask: WindowMask, tokens: int, queries: int, keys: int, device: torch.device):
+    """Frame numbers of the queries as window keys meet them and as sinks outside the window do (DESIGN 1.5)."""
+    i = torch.arange(keys - queries, keys, device=device)[None]
+    return i // tokens, i // tokens - mask.evicted_frames(i, tokens)
+
+
+def _rotate_queries(q, rope, mask, keys, dtype):
+    if rope is None:
+        return (q.to(dtype),) * 2
+    first = (keys - q.shape[1]) % rope.frame_tokens
+    at = _query_frames(mask, rope.frame_tokens, q.shape[1], keys, q.device)
+    return tuple(rotate(q, frames, rope, first_token=first, dtype=dtype) for frames in at)
+
+
+def _unrotate_queries(grads, rope, mask, keys):
+    if rope is None:
+        return sum(grads)
+    queries = grads[0].shape[1]
+    first = (keys - queries) % rope.frame_tokens
+    at = _query_frames(mask, rope.frame_tokens, queries, keys, grads[0].device)
+    return sum(
+        rotate(grad, frames, rope, first_token=first, inverse=True, dtype=grad.dtype)
+        for grad, frames in zip(grads, at, strict=True)
+    )
+
+
+def _rotate_keys(k, rope, *, dtype, inverse=False):
+    if rope is None:
+        return k.to(dtype)
+    frames = torch.arange(k.shape[1], device=k.device)[None] // rope.frame_tokens
+    return rotate(k, frames, rope, inverse=inverse, dtype=dtype)
+
+
+def sink_window_attention(q, k, v, rope, mask, scale):
+    keys = k.shape[1]
+    q_window, q_sink = _rotate_queries(q, rope, mask, keys, v.dtype)
+    k = _rotate_keys(k, rope, dtype=v.dtype)
+    out, lse = _empty_rows(q_window)
+    for parts in _window_blocks(mask, q.shape[1], keys, q.device):
+        merged = None
+        for part in parts:
+            queries = (q_sink if part.sink else q_window)[:, part.rows]
+            result = dense(queries, k[:, part.keys], v[:, part.keys], scale, part.visible)
+            merged = result if merged is None else reference.merge_attention(*merged, *result)
+        if merged is not None:
+            out[:, parts[0].rows], lse[:, :, parts[0].rows] = merged
+    return out, lse
+
+
+def sink_window_attention_backward(grad_out, grad_lse, q, k, v, out, lse, rope, mask, scale):
+    keys, precision = k.shape[1], accumulate_dtype(v.dtype)
+    q_window, q_sink = _rotate_queries(q, rope, mask, keys, v.dtype)
+    rotated_k = _rotate_keys(k, rope, dtype=v.dtype)
+    grad_window, grad_sink, grad_k, grad_v = (
+        torch.zeros(x.shape, dtype=precision, device=x.device) for x in (q, q, k, v)
+    )
+    for parts in _window_blocks(mask, q.shape[1], keys, q.device):
+        for part in parts:
+            at, queries, grad_q = (
+                part.rows,
+                q_sink if part.sink else q_window,
+                grad_sink if part.sink else grad_window,
+            )
+            share_q, share_k, share_v = dense_backward(
+                grad_out[:, at], grad_lse[:, :, at], queries[:, at], rotated_k[:, part.keys], v[:, part.keys],
+                out[:, at], lse[:, :, at], scale, part.visible,
+            )  # fmt: skip
+            grad_q[:, at] = share_q
+            grad_k[:, part.keys] += share_k
+            grad_v[:, part.keys] += share_v
+    grad_q = _unrotate_queries((grad_window, grad_sink), rope, mask, keys)
+    grad_k = _rotate_keys(grad_k, rope, dtype=k.dtype, inverse=True)
+    return grad_q.to(q.dtype), grad_k, grad_v.to(v.dtype)

@@ -1,0 +1,575 @@
+"""EMA-Sink cache: sink frames and a sliding window in one buffer in which nothing moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import backends, checks
+from .arguments import CacheTensors, Past, accumulate_dtype
+from .geometry import CacheGeometry
+from .rope import Rope3D, RopeTables
+
+_ops = torch.ops.rfkernels
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """The frozen past of an open chunk in one layer, for `chunk_attention`. Safe to keep: the cache never changes it.
+
+    Frames of the past are shared between the contexts of consecutive chunks; the sink image is its own.
+    """
+
+    past: Past
+    geometry: CacheGeometry
+    rope: RopeTables | None
+    frames: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.past.num_frames.device
+
+
+class CacheLayer:
+    """One layer of an `EMASinkCache`: ``cache[i]``. Its tensors are views into the cache's."""
+
+    def __init__(self, cache: EMASinkCache, index: int):
+        self.cache, self.index = cache, index
+        self.k, self.v = cache.k[index], cache.v[index]
+        own = cache.accumulators
+        self.tensors = CacheTensors(
+            self.k,
+            self.v,
+            None if own.sink_k is None else own.sink_k[index],
+            None if own.sink_v is None else own.sink_v[index],
+        )
+
+    def write(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Writes this layer's K and V of the open chunk, replacing what an earlier pass wrote; no gradient.
+
+        Args:
+            k, v: ``[B, F * T, H_kv, D]``, un-rotated, any floating dtype (rounded to the cache's, once, after the
+                rotation; float16 saturates).
+
+        Raises:
+            ValueError: no chunk is open, or a shape or device that does not fit; TypeError: not floating.
+        """
+        cache = self.cache
+        cache.check_chunk(k=k, v=v)
+        t, rope = self.tensors, cache.rope_arguments
+        backend = backends.resolve(cache.device)
+        with torch.no_grad():
+            _ops.write(
+                t.k,
+                t.v,
+                t.sink_k,
+                t.sink_v,
+                cache.num_frames,
+                k.detach(),
+                v.detach(),
+                *rope,
+                *cache.sizes,
+                backend,
+            )
+
+    def context(self) -> Context:
+        """The past of the open chunk, frozen, for `chunk_attention`; the same object until the next `begin_chunk`.
+
+        Raises:
+            ValueError: no chunk is open.
+        """
+        return self.cache._context(self.index)
+
+
+class EMASinkCache:
+    """Keys and values of a stream at constant size: S sink frames, W window frames, one clock for all layers.
+
+    Each frame that leaves the window is fused into sink slot ``frame mod S`` by a moving average,
+    ``sink = alpha * sink + (1 - alpha) * frame``, un-rotated keys and values alike ("Reward Forcing", arXiv 2512.04678,
+    EMA-Sink). A frame's keys are rotated once, when they are written; frames never move in memory; the valid part is
+    always a prefix, so attention over it is dense. `begin_chunk` opens frames; any number of passes
+    (`streaming_attention`, ``cache[i].write``) then write into them.
+
+    Args:
+        num_layers, batch_size, num_kv_heads, head_dim: sizes.
+        frame_tokens: T, tokens of a latent frame (1560 for 832 x 480 in Wan 2.1).
+        sink_frames: S >= 0; 0 drops what leaves the window.
+        window_frames: W >= 1, the open chunk included.
+        alpha: in [0, 1], a number or one for each KV head. 1 is a static sink. Half-life: ``S * ln 0.5 / ln alpha``
+            frames. No gradient flows to it.
+        rope: `Rope3D`, or None to use keys as given.
+        sink_positions: ``"before_window"`` puts the sinks right before the window (Reward Forcing), ``"absolute"``
+            leaves slot i at frame i (Self Forcing, LongLive 1).
+        dtype: of k and v.
+        sink_dtype: None keeps float32 accumulators (float64 for float64 caches). A half ``dtype`` given here too
+            reproduces the published arithmetic: averaged in half precision, each product and the sum rounded. With
+            bfloat16 and alpha = 0.999 the sink then hardly moves at all.
+        fuse: ``"slot"``, frame g into slot ``g mod S``.
+        device: default torch's.
+
+    Attributes:
+        k, v: ``[L, B, (S + W) * T, H_kv, D]``, slots ``[sinks | ring]``, keys rotated. Addresses never change.
+        sink_k, sink_v: ``[L, B, S * T, H_kv, D]``, the sink with un-rotated keys (views of k, v where these are the
+            accumulators). sink_k is None for a static sink at absolute positions, which needs none.
+        num_frames: int64 ``[B]`` on the device: frames so far, the open ones included.
+        open_frames: F of the open chunk, 0 before the first. full: every stream has filled its window (both host).
+
+    Raises:
+        ValueError, TypeError: an argument out of range, or a rope that does not fit head_dim or frame_tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        frame_tokens: int,
+        sink_frames: int,
+        window_frames: int,
+        alpha: float | Sequence[float] | torch.Tensor = 0.999,
+        rope: Rope3D | None = None,
+        sink_positions: str = "before_window",
+        dtype: torch.dtype = torch.bfloat16,
+        sink_dtype: torch.dtype | None = None,
+        fuse: str = "slot",
+        device: torch.device | str | None = None,
+    ):
+        self.num_layers = checks.integer("num_layers", num_layers, 1)
+        self.batch_size = checks.integer("batch_size", batch_size, 1)
+        self.num_kv_heads = checks.integer("num_kv_heads", num_kv_heads, 1)
+        self.head_dim = checks.integer("head_dim", head_dim, 1)
+        self.geometry = CacheGeometry(
+            checks.integer("sink_frames", sink_frames, 0),
+            checks.integer("window_frames", window_frames, 1),
+            checks.integer("frame_tokens", frame_tokens, 1),
+        )
+        if dtype not in checks.FLOATING:
+            raise TypeError(f"dtype must be one of {checks.FLOATING}, got {dtype}")
+        if sink_positions not in ("before_window", "absolute"):
+            raise ValueError(f'sink_positions must be "before_window" or "absolute", got {sink_positions!r}')
+        if fuse != "slot":
+            raise ValueError(f'fuse must be "slot", got {fuse!r}')
+        _check_rope(rope, self.head_dim, self.geometry.frame_tokens)
+        self.alpha = _alphas(alpha, self.num_kv_heads)
+        self.rope, self.sink_positions, self.dtype, self.fuse = rope, sink_positions, dtype, fuse
+        self.sink_dtype = _accumulator(dtype, sink_dtype)
+        self.device = torch.empty(0, device=device).device  # "cuda" -> "cuda:0"
+        self._allocate()
+        self._ages = [0] * self.batch_size  # num_frames, as the host knows it
+        self.open_frames = 0
+        self.full = False
+        self._forget_contexts()
+
+    def _allocate(self) -> None:
+        static = all(alpha == 1.0 for alpha in self.alpha)
+        shape = (self.num_layers, self.batch_size, -1, self.num_kv_heads, self.head_dim)
+        tokens = self.geometry.frame_tokens
+
+        def zeros(frames: int, dtype: torch.dtype) -> torch.Tensor:
+            size = tuple(frames * tokens if n == -1 else n for n in shape)
+            return torch.zeros(size, dtype=dtype, device=self.device)
+
+        self.k, self.v = (zeros(self.geometry.capacity, self.dtype) for _ in range(2))
+        # Values need an accumulator only in another precision; keys also where the cache holds them rotated. A static
+        # sink is never averaged: un-rotated keys serve to move it along with the window, in the cache's precision.
+        own_dtype = self.dtype if static else self.sink_dtype
+        has_sink = self.geometry.sink_frames > 0
+        own_v = has_sink and own_dtype != self.dtype
+        own_k = own_v or (has_sink and self.rope is not None and not (static and self.sink_positions == "absolute"))
+        self.accumulators = CacheTensors(
+            self.k,
+            self.v,
+            zeros(self.geometry.sink_frames, own_dtype) if own_k else None,
+            zeros(self.geometry.sink_frames, own_dtype) if own_v else None,
+        )
+        self.num_frames = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
+        self._decay = None
+        if not static:
+            alpha = torch.tensor(self.alpha, dtype=torch.float64)
+            precision = accumulate_dtype(self.dtype)
+            self._decay = torch.stack([alpha, 1 - alpha]).to(self.device, precision)
+        tables = None if self.rope is None else self.rope.tables(self.device, self.dtype, tokens)
+        self.rope_tables: RopeTables | None = tables
+        self.rope_arguments = (None, None, False)
+        if tables is not None:
+            self.rope_arguments = (tables.frame_turns, tables.spatial, tables.half_split)
+        self.sizes = (self.geometry.sink_frames, self.geometry.window_frames, tokens)
+
+    @classmethod
+    def from_wan_config(
+        cls,
+        local_attn_size: int = 9,
+        sink_size: int = 3,
+        *,
+        num_layers: int = 30,
+        dim: int = 1536,
+        num_heads: int = 12,
+        latent_height: int = 60,
+        latent_width: int = 104,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        batch_size: int = 1,
+        alpha: float = 0.999,
+        dtype: torch.dtype = torch.bfloat16,
+        sink_dtype: torch.dtype | None = torch.bfloat16,
+        sink_positions: str = "before_window",
+        device: torch.device | str | None = None,
+    ) -> EMASinkCache:
+        """A cache from the names of a Wan / Reward-Forcing config; defaults are the published 1.3B model at 832 x 480.
+
+        ``window_frames = local_attn_size - sink_size``. The default ``sink_dtype=torch.bfloat16`` is how the published
+        weights ran: at alpha = 0.999 a bfloat16 sink hardly moves. ``sink_dtype=None`` averages for real.
+        """
+        if checks.integer("local_attn_size", local_attn_size, 1) <= checks.integer("sink_size", sink_size, 0):
+            raise ValueError(f"local_attn_size must exceed sink_size={sink_size}, got {local_attn_size}")
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide dim={dim}, got {num_heads}")
+        if latent_height % patch_size[1] or latent_width % patch_size[2]:
+            raise ValueError(f"patch_size {patch_size} must divide the latent, {latent_height} x {latent_width}")
+        height, width = latent_height // patch_size[1], latent_width // patch_size[2]
+        return cls(
+            num_layers=num_layers,
+            batch_size=batch_size,
+            num_kv_heads=num_heads,
+            head_dim=dim // num_heads,
+            frame_tokens=height * width,
+            sink_frames=sink_size,
+            window_frames=local_attn_size - sink_size,
+            alpha=alpha,
+            rope=Rope3D(dim // num_heads, height, width),
+            sink_positions=sink_positions,
+            dtype=dtype,
+            sink_dtype=sink_dtype,
+            device=device,
+        )
+
+    # --- streaming ----------------------------------------------------------------------------------------------------
+
+    def begin_chunk(self, frames: int, replace: int = 0, samples: Iterable[int] | None = None) -> None:
+        """Opens the newest ``frames`` frames: ``replace`` existing ones, opened again, and ``frames - replace`` new ones.
+
+        Frames that leave the window because of the new ones are fused into the sink here, once, oldest first.
+
+        Args:
+            frames: F in 1..W; may change from call to call.
+            replace: 0..min(frames, frames so far). ``begin_chunk(F, replace=F)`` reopens the newest F, e.g. to
+                recompute the window under another prompt.
+            samples: host indices of the streams that advance (default: all). The others reopen their newest F frames;
+                one that has fewer writes nothing for the missing ones, and gets zeros for their queries.
+
+        Raises:
+            ValueError, TypeError, IndexError: naming the argument; the cache is then unchanged.
+        """
+        frames = checks.integer("frames", frames, 1, self.geometry.window_frames)
+        chosen = self._samples(samples)
+        seen = min((self._ages[b] for b in chosen), default=frames)
+        replace = checks.integer("replace", replace, 0)
+        if replace > min(frames, seen):
+            raise ValueError(f"replace must be at most min(frames={frames}, frames so far={seen}), got {replace}")
+        new = frames - replace
+        ages = [age + new if b in chosen else age for b, age in enumerate(self._ages)]
+        advancing = None
+        if len(chosen) < self.batch_size:
+            advancing = torch.tensor([b in chosen for b in range(self.batch_size)], device=self.device)
+        evicted = self.geometry.evicted_frames
+        with torch.no_grad():
+            if any(evicted(ages[b]) > evicted(self._ages[b]) for b in chosen):
+                t, backend = self.accumulators, backends.resolve(self.device)
+                _ops.begin_chunk(
+                    t.k, t.v, t.sink_k, t.sink_v, self.num_frames, new, advancing, self._decay, *self.rope_arguments,
+                    *self.sizes, self.sink_positions == "before_window", backend,
+                )  # fmt: skip
+            self.num_frames += new if advancing is None else advancing * new
+        self.open_frames = frames
+        self._set_ages(ages)
+        self._close_contexts()
+
+    def _samples(self, samples: Iterable[int] | None) -> list[int]:
+        if samples is None:
+            return list(range(self.batch_size))
+        if isinstance(samples, torch.Tensor) and samples.device.type != "cpu":
+            raise TypeError(f"samples must be host indices, got a tensor on {samples.device}")
+        chosen = []
+        for sample in samples.tolist() if isinstance(samples, torch.Tensor) else samples:
+            checks.integer("samples", sample, -self.batch_size)
+            if sample >= self.batch_size:
+                raise IndexError(f"samples must be below batch_size={self.batch_size}, got {sample}")
+            chosen.append(int(sample) % self.batch_size)
+        return sorted(set(chosen))
+
+    def _set_ages(self, ages: list[int]) -> None:
+        self._ages = ages
+        self.full = min(ages) >= self.geometry.capacity
+
+    def check_chunk(self, q: torch.Tensor | None = None, **kv: torch.Tensor) -> None:
+        """Raises unless a chunk is open and q, k, v are its tokens."""
+        if self.open_frames == 0:
+            raise ValueError("no chunk is open: call begin_chunk(frames) first")
+        check_chunk(
+            self.open_frames,
+            self.geometry,
+            self.batch_size,
+            self.num_kv_heads,
+            self.head_dim,
+            self.device,
+            q,
+            kv,
+        )
+
+    def __getitem__(self, index: int) -> CacheLayer:
+        if not isinstance(index, int):
+            raise TypeError(f"a cache is indexed by layer, an integer, got {index!r}")
+        if not -self.num_layers <= index < self.num_layers:
+            raise IndexError(f"layer must be in 0..{self.num_layers - 1}, got {index}")
+        return CacheLayer(self, index % self.num_layers)
+
+    def __len__(self) -> int:
+        return self.num_layers
+
+    # --- contexts -----------------------------------------------------------------------------------------------------
+
+    def _forget_contexts(self) -> None:
+        self._pages: dict[tuple[int, int], dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._contexts: dict[int, Context] = {}
+        self._chunk_num_frames: torch.Tensor | None = None
+
+    def _close_contexts(self) -> None:
+        """A new chunk: frames that left the window are no longer needed, frames open again may change."""
+        self._contexts, self._chunk_num_frames = {}, None
+        for (_, sample), pages in self._pages.items():
+            past = self._past_frames(sample)
+            for frame in [frame for frame in pages if frame not in past]:
+                del pages[frame]
+
+    def _past_frames(self, sample: int) -> range:
+        """The window frames of a stream before its open chunk."""
+        age = self._ages[sample]
+        first = max(self.geometry.sink_frames, age - self.geometry.window_frames)
+        return range(first, max(first, age - self.open_frames))
+
+    def _context(self, layer: int) -> Context:
+        if self.open_frames == 0:
+            raise ValueError("no chunk is open: call begin_chunk(frames) first")
+        if layer not in self._contexts:
+            with torch.no_grad():
+                self._contexts[layer] = self._freeze(layer)
+        return self._contexts[layer]
+
+    def _freeze(self, layer: int) -> Context:
+        geometry, tokens = self.geometry, self.geometry.frame_tokens
+        stored = geometry.capacity - self.open_frames
+        past_k: list[torch.Tensor] = []
+        past_v: list[torch.Tensor] = []
+        image = self._sink_image(layer)
+        filler = None if self.full else self.k.new_zeros(tokens, self.num_kv_heads, self.head_dim)
+        for sample in range(self.batch_size):
+            sinks = max(0, min(geometry.sink_frames, self._ages[sample] - self.open_frames))
+            frames = [tuple(x[sample, i * tokens : (i + 1) * tokens] for x in image) for i in range(sinks)]
+            frames += [self._page(layer, sample, frame) for frame in self._past_frames(sample)]
+            frames += [(filler, filler)] * (stored - len(frames))
+            past_k += [k for k, _ in frames]
+            past_v += [v for _, v in frames]
+        if self._chunk_num_frames is None:
+            self._chunk_num_frames = self.num_frames.clone()
+        past = Past(past_k, past_v, self._chunk_num_frames, self.full, self.dtype)
+        return Context(past, geometry, self.rope_tables, self.open_frames, self.num_kv_heads, self.head_dim)
+
+    def _sink_image(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self.geometry.sink_frames * self.geometry.frame_tokens
+        return self.k[layer, :, :tokens].clone(), self.v[layer, :, :tokens].clone()
+
+    def _page(self, layer: int, sample: int, frame: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A frame of the past, copied once, when the first context needs it, and shared while it is in the window."""
+        pages = self._pages.setdefault((layer, sample), {})
+        if frame not in pages:
+            start = self.geometry.slot(frame) * self.geometry.frame_tokens
+            tokens = slice(start, start + self.geometry.frame_tokens)
+            pages[frame] = (self.k[layer, sample, tokens].clone(), self.v[layer, sample, tokens].clone())
+        return pages[frame]
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    @property
+    def sink_k(self) -> torch.Tensor | None:
+        own = self.accumulators.sink_k
+        return own if own is not None or self.rope is not None else self._sinks_of(self.k)
+
+    @property
+    def sink_v(self) -> torch.Tensor:
+        own = self.accumulators.sink_v
+        return self._sinks_of(self.v) if own is None else own
+
+    def _sinks_of(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :, : self.geometry.sink_frames * self.geometry.frame_tokens]
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        own = {
+            "k": self.k,
+            "v": self.v,
+            "sink_k": self.accumulators.sink_k,
+            "sink_v": self.accumulators.sink_v,
+        }
+        return {name: x for name, x in (own | {"num_frames": self.num_frames}).items() if x is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache's tensors, accumulators included."""
+        return sum(x.numel() * x.element_size() for x in self._tensors().values())
+
+    def reset(self, samples: Iterable[int] | None = None) -> None:
+        """Forgets everything, or only the given streams (host indices); addresses stay."""
+        chosen = self._samples(samples)
+        with torch.no_grad():
+            for name, x in self._tensors().items():
+                for sample in chosen:
+                    (x if name == "num_frames" else x.transpose(0, 1))[sample].zero_()
+        self._set_ages([0 if b in chosen else age for b, age in enumerate(self._ages)])
+        if len(chosen) == self.batch_size:
+            self.open_frames = 0
+        self._forget_contexts()
+
+    def state_dict(self) -> dict:
+        """The tensors (not copied, as in a torch module), the host's state and the geometry they belong to."""
+        return self._tensors() | {
+            "ages": list(self._ages),
+            "open_frames": self.open_frames,
+            "geometry": self._description(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Copies a `state_dict` into this cache, whose geometry must be the same; addresses stay.
+
+        Raises:
+            ValueError: a missing or unexpected entry, another geometry, shape or dtype. Nothing is changed then.
+        """
+        own, names = self._tensors(), {"ages", "open_frames", "geometry"}
+        if set(state) != set(own) | names:
+            raise ValueError(f"state must have the entries {sorted(set(own) | names)}, got {sorted(state)}")
+        description = self._description()
+        for key, value in description.items():
+            if state["geometry"].get(key) != value:
+                raise ValueError(f"state has {key}={state['geometry'].get(key)!r}, this cache has {value!r}")
+        for name, x in own.items():
+            given = state[name]
+            if not isinstance(given, torch.Tensor) or given.shape != x.shape or given.dtype != x.dtype:
+                got = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)
+                raise ValueError(f"state[{name!r}] must be {x.dtype} {tuple(x.shape)}, got {got}")
+        ages, frames = state["ages"], state["open_frames"]
+        checks.integer("state['open_frames']", frames, 0, self.geometry.window_frames)
+        if len(ages) != self.batch_size:
+            raise ValueError(f"state['ages'] must have {self.batch_size} entries, got {len(ages)}")
+        ages = [checks.integer("state['ages']", age, 0) for age in ages]
+        with torch.no_grad():
+            for name, x in own.items():
+                x.copy_(state[name])
+        self.open_frames = frames
+        self._set_ages(ages)
+        self._forget_contexts()
+
+    def snapshot(self) -> dict:
+        """A copy of the whole state, for `restore`."""
+        return {k: x.clone() if isinstance(x, torch.Tensor) else x for k, x in self.state_dict().items()}
+
+    def restore(self, snapshot: dict) -> None:
+        """Goes back to a `snapshot`, bit for bit; as `load_state_dict`."""
+        self.load_state_dict(snapshot)
+
+    def to(self, device: torch.device | str) -> EMASinkCache:
+        """This cache, or, for another device, a new one there with the same contents."""
+        device = torch.empty(0, device=device).device
+        if device == self.device:
+            return self
+        other = EMASinkCache(**self._arguments(), device=device)
+        other.load_state_dict(self.state_dict())
+        return other
+
+    def _arguments(self) -> dict:
+        return dict(
+            num_layers=self.num_layers,
+            batch_size=self.batch_size,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            frame_tokens=self.geometry.frame_tokens,
+            sink_frames=self.geometry.sink_frames,
+            window_frames=self.geometry.window_frames,
+            alpha=self.alpha,
+            rope=self.rope,
+            sink_positions=self.sink_positions,
+            dtype=self.dtype,
+            sink_dtype=self.sink_dtype,
+            fuse=self.fuse,
+        )
+
+    def _description(self) -> dict:
+        """The arguments as plain values, so that a saved state loads with weights_only."""
+        plain = self._arguments() | {"dtype": str(self.dtype), "sink_dtype": str(self.sink_dtype)}
+        plain["alpha"] = list(self.alpha)
+        plain["rope"] = None if self.rope is None else repr(self.rope)
+        plain["frequencies"] = None if self.rope is None else [f.tolist() for f in self.rope.frequencies]
+        return plain
+
+    def __repr__(self) -> str:
+        g = self.geometry
+        return (
+            f"EMASinkCache({self.num_layers} layers, batch {self.batch_size}, {self.num_kv_heads} x {self.head_dim}, "
+            f"{g.sink_frames} sink + {g.window_frames} window frames of {g.frame_tokens} tokens, {self.dtype}, "
+            f"{self.device}, {self.nbytes / 2**20:.1f} MiB)"
+        )
+
+
+def check_chunk(
+    frames: int,
+    geometry: CacheGeometry,
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+    q: torch.Tensor | None,
+    kv: dict[str, torch.Tensor],
+) -> None:
+    """Raises unless q and kv are the tokens of a chunk of ``frames`` frames."""
+    tokens = frames * geometry.frame_tokens
+    for name, x in (kv if q is None else {"q": q} | kv).items():
+        checks.tensor(name, x, 4, device)
+        heads = None if name == "q" else kv_heads
+        checks.shape(name, x, batch=batch, tokens=tokens, heads=heads, head_dim=head_dim)
+    if q is not None:
+        checks.heads(q, kv_heads)
+
+
+def _check_rope(rope: Rope3D | None, head_dim: int, frame_tokens: int) -> None:
+    if rope is None:
+        return
+    if not isinstance(rope, Rope3D):
+        raise TypeError(f"rope must be a Rope3D or None, got {type(rope).__name__}")
+    if rope.head_dim != head_dim:
+        raise ValueError(f"rope must have head_dim={head_dim}, got {rope.head_dim}")
+    if rope.frame_tokens not in (None, frame_tokens):
+        raise ValueError(
+            f"rope must cover frame_tokens={frame_tokens}, got height * width = {rope.height} * {rope.width}"
+        )
+
+
+def _alphas(alpha: float | Sequence[float] | torch.Tensor, heads: int) -> tuple[float, ...]:
+    if isinstance(alpha, torch.Tensor):
+        alpha = alpha.tolist()
+    values = tuple(float(a) for a in alpha) if isinstance(alpha, Iterable) else (float(alpha),) * heads
+    if len(values) != heads:
+        raise ValueError(f"alpha must be one number or one for each of {heads} KV heads, got {len(values)}")
+    if not all(0.0 <= a <= 1.0 for a in values):
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    return values
+
+
+def _accumulator(dtype: torch.dtype, sink_dtype: torch.dtype | None) -> torch.dtype:
+    allowed = {accumulate_dtype(dtype), dtype}
+    if sink_dtype is None:
+        return accumulate_dtype(dtype)
+    if sink_dtype not in allowed:
+        raise ValueError(f"sink_dtype must be None or one of {sorted(map(str, allowed))}, got {sink_dtype}")
+    return sink_dtype

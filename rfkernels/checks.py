@@ -1,0 +1,53 @@
+"""Argument checks that the public functions share: each error names the argument, what came and what is allowed."""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tensor(name: str, x, rank: int | None = None, device: torch.device | None = None) -> None:
+    """``x`` is a floating tensor of ``rank`` on ``device``."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if rank is not None and x.dim() != rank:
+        raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(x.shape)}")
+    if device is not None and x.device != device:
+        raise ValueError(f"{name} must be on {device}, got {x.device}")
+
+
+def shape(name: str, x: torch.Tensor, **sizes: int | None) -> None:
+    """The dimensions of ``x`` in order; None: any size."""
+    wanted = tuple(sizes.values())
+    if any(want is not None and want != got for want, got in zip(wanted, x.shape, strict=True)):
+        layout = ", ".join(key if want is None else f"{key}={want}" for key, want in sizes.items())
+        raise ValueError(f"{name} must be [{layout}], got shape {tuple(x.shape)}")
+
+
+def heads(q: torch.Tensor, kv_heads: int) -> None:
+    if q.shape[2] == 0 or q.shape[2] % kv_heads:
+        raise ValueError(f"q must have a multiple of {kv_heads} heads (the key heads), got {q.shape[2]}")
+
+
+def integer(name: str, value, low: int, high: int | None = None) -> int:
+    """``value`` is an integer in ``low..high``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+    return int(value)
+
+
+def scale(value: float | None, head_dim: int) -> float:
+    """The softmax scale; default ``head_dim ** -0.5``."""
+    if value is None:
+        return head_dim**-0.5
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"scale must be a number, got {type(value).__name__}")
+    return float(value)

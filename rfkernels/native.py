@@ -1,0 +1,36 @@
+"""The compiled kernels, if they are there: `torch.ops.rfkernels_native`, and the reason if they are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+OLDEST_TORCH = (2, 13)  # whose stable ABI the kernels are built for
+
+
+def _load() -> str | None:
+    """Loads the kernel library; returns why it could not."""
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < OLDEST_TORCH:
+        return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}, which they need"
+    libraries = sorted(Path(__file__).parent.glob("rfkernels_kernels.*"))
+    if not libraries:
+        return (
+            "this is a Python-only install: when it was built there was no C++ compiler, or no torch >= 2.13 in the "
+            "environment (reinstall with both present)"
+        )
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        return f"{libraries[0].name} does not load: {error}"
+    return None
+
+
+missing: str | None = _load()
+"""Why the compiled kernels are missing, or None where they are loaded."""
+
+
+def serves(x: torch.Tensor) -> bool:
+    """Whether compiled kernels exist for tensors like ``x``."""
+    return missing is None and x.device.type == "cpu"

@@ -1,0 +1,146 @@
+"""Three-dimensional rotary position embedding, as tables that every kernel shares."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RopeTables:
+    """What a kernel needs to rotate: see `Rope3D.tables`.
+
+    frame_turns: float64 ``[frame_pairs]``, frequencies of the frame axis in turns (radians / 2 pi) per frame.
+    spatial: ``[frame_tokens, row_pairs + column_pairs, 2]``, cos and sin of every token of a frame.
+    half_split: pairs are (i, i + D/2) instead of (2i, 2i + 1).
+    """
+
+    frame_turns: torch.Tensor
+    spatial: torch.Tensor
+    half_split: bool
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.spatial.shape[0]
+
+
+class Rope3D:
+    """Rotary embedding over (frame, row, column), as in Wan 2.1 and in Reward Forcing (arXiv 2512.04678).
+
+    Of the ``head_dim / 2`` pairs the first ``split[0]`` turn with the frame number, the next ``split[1]`` with the
+    row, the rest with the column. Pair ``i`` of an axis with ``p`` pairs turns by ``theta ** (-i / p)`` radians a step.
+
+    Args:
+        head_dim: size of a head, even.
+        height, width: rows and columns of tokens in a latent frame (after patchify). Both None: no spatial axes,
+            every pair turns with the frame, as in a 1-D model (there a frame is usually one token).
+        theta: base of the frequencies.
+        split: pairs per axis; default ``(c - 2 * (c // 3), c // 3, c // 3)`` with ``c = head_dim // 2``, or
+            ``(c, 0, 0)`` without spatial axes.
+        pairing: ``"interleaved"`` rotates (2i, 2i + 1), ``"half"`` rotates (i, i + head_dim / 2).
+        frequencies: radians per step of each pair, one 1-D tensor an axis (frame, row, column), in place of ``theta``
+            (scaled rotary embeddings). Without spatial axes a single tensor will do.
+
+    Raises:
+        ValueError: sizes that do not fit each other; TypeError: frequencies that are not floating-point tensors.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        height: int | None = None,
+        width: int | None = None,
+        theta: float = 10000.0,
+        *,
+        split: tuple[int, int, int] | None = None,
+        pairing: str = "interleaved",
+        frequencies: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+    ):
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim must be even and positive, got {head_dim}")
+        if (height is None) != (width is None):
+            raise ValueError(f"height and width go together, got height={height}, width={width}")
+        if height is not None and (height < 1 or width < 1):
+            raise ValueError(f"height and width must be at least 1, got {height} and {width}")
+        if pairing not in ("interleaved", "half"):
+            raise ValueError(f'pairing must be "interleaved" or "half", got {pairing!r}')
+        if not theta > 0:
+            raise ValueError(f"theta must be positive, got {theta}")
+        pairs = head_dim // 2
+        if frequencies is not None:
+            frequencies = _as_axes(frequencies)
+            split = split or tuple(f.numel() for f in frequencies)
+        elif split is None:
+            split = (pairs, 0, 0) if height is None else (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+        split = tuple(int(p) for p in split)
+        if len(split) != 3 or min(split) < 0 or sum(split) != pairs:
+            raise ValueError(f"split must be three counts that sum to head_dim / 2 = {pairs}, got {split}")
+        if height is None and split[1:] != (0, 0):
+            raise ValueError(f"split gives pairs to rows or columns, {split}, but height and width are None")
+        if frequencies is None:
+            frequencies = tuple(torch.tensor([theta ** (-i / p) for i in range(p)], dtype=torch.float64) for p in split)
+        elif tuple(f.numel() for f in frequencies) != split:
+            raise ValueError(f"frequencies have {[f.numel() for f in frequencies]} entries, split is {split}")
+
+        self.head_dim, self.height, self.width, self.split, self.pairing = (
+            head_dim,
+            height,
+            width,
+            split,
+            pairing,
+        )
+        self.frequencies = frequencies
+        self._tables: dict[tuple[torch.device, torch.dtype, int], RopeTables] = {}
+
+    @property
+    def frame_tokens(self) -> int | None:
+        """Tokens of a frame, ``height * width``; None without spatial axes (any number then)."""
+        return None if self.height is None else self.height * self.width
+
+    def tables(self, device: torch.device, dtype: torch.dtype, frame_tokens: int | None = None) -> RopeTables:
+        """The tables on ``device`` for tensors of ``dtype`` (kept; float64 tables for float64, else float32)."""
+        frame_tokens = self.frame_tokens or frame_tokens or 1
+        precision = torch.float64 if dtype == torch.float64 else torch.float32
+        key = (torch.device(device), precision, frame_tokens)
+        if key not in self._tables:
+            self._tables[key] = RopeTables(
+                (self.frequencies[0] / (2 * math.pi)).to(device),
+                self._spatial(frame_tokens).to(device, precision),
+                self.pairing == "half",
+            )
+        return self._tables[key]
+
+    def _spatial(self, frame_tokens: int) -> torch.Tensor:
+        if self.height is None:
+            return torch.zeros(frame_tokens, 0, 2, dtype=torch.float64)
+        rows = torch.arange(self.height, dtype=torch.float64).repeat_interleave(self.width)
+        columns = torch.arange(self.width, dtype=torch.float64).repeat(self.height)
+        angles = torch.cat([torch.outer(rows, self.frequencies[1]), torch.outer(columns, self.frequencies[2])], 1)
+        return torch.stack([angles.cos(), angles.sin()], -1)
+
+    def __eq__(self, other) -> bool:
+        return (
+            isinstance(other, Rope3D)
+            and (self.head_dim, self.height, self.width, self.split, self.pairing)
+            == (other.head_dim, other.height, other.width, other.split, other.pairing)
+            and all(torch.equal(a, b) for a, b in zip(self.frequencies, other.frequencies, strict=True))
+        )
+
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        size = "" if self.height is None else f", height={self.height}, width={self.width}"
+        return f"Rope3D(head_dim={self.head_dim}{size}, split={self.split}, pairing={self.pairing!r})"
+
+
+def _as_axes(frequencies) -> tuple[torch.Tensor, ...]:
+    axes = (frequencies,) if isinstance(frequencies, torch.Tensor) else tuple(frequencies)
+    for axis in axes:
+        if not isinstance(axis, torch.Tensor) or not axis.is_floating_point() or axis.dim() != 1:
+            raise TypeError("frequencies must be 1-D floating-point tensors, one for each axis")
+    if len(axes) not in (1, 3):
+        raise ValueError(f"frequencies must have one axis (frame) or three, got {len(axes)}")
+    axes = tuple(axis.detach().to("cpu", torch.float64) for axis in axes)
+    return axes + (axes[0].new_empty(0),) * (3 - len(axes))

@@ -1,0 +1,94 @@
+"""Builds the compiled part with CMake and ninja where that is possible, and says what is left out where it is not."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+OLDEST_TORCH = (2, 13)  # RF_TORCH_TARGET of CMakeLists.txt
+
+
+def site_packages():
+    """Folders to look for torch and nvcc in: pip's isolated build hides them from import, not from the eye."""
+    folders = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *sys.path]
+    return [Path(folder) for folder in dict.fromkeys(folders) if folder]
+
+
+def find_torch():
+    """(folder, version) of the torch that the package will run with, or None."""
+    for folder in site_packages():
+        version_file = folder / "torch" / "version.py"
+        if version_file.is_file():
+            scope = {}
+            exec(version_file.read_text(), scope)
+            return folder / "torch", scope["__version__"]
+    return None
+
+
+def find_nvcc():
+    """nvcc in CUDA_HOME, on PATH, or installed by pip (cuda-toolkit[nvcc]); None if there is none."""
+    if os.environ.get("CUDA_HOME"):
+        return shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"]) / "bin"))
+    candidates = [nvcc for folder in site_packages() for nvcc in folder.glob("nvidia/cu*/bin/nvcc")]
+    return shutil.which("nvcc") or (str(candidates[0]) if candidates else None)
+
+
+def find_compiler():
+    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++", "cl"))), None)
+
+
+def why_python_only():
+    """The reason why nothing can be compiled here, or None."""
+    torch = find_torch()
+    if torch is None:
+        return "torch is not installed in this environment (install it first; the kernels link to it)"
+    if tuple(int(part) for part in torch[1].split("+")[0].split(".")[:2]) < OLDEST_TORCH:
+        return f"torch {torch[1]} is older than {'.'.join(map(str, OLDEST_TORCH))}, whose stable ABI the kernels need"
+    if find_compiler() is None:
+        return "no C++ compiler was found (set CXX, or install g++ or clang++)"
+    return None
+
+
+class CMakeBuild(build_ext):
+    def copy_extensions_to_source(self):  # in-place and editable builds
+        super().copy_extensions_to_source()
+        for library in (Path(self.build_lib) / "rfkernels").glob("rfkernels_kernels.*"):
+            shutil.copy2(library, ROOT / "rfkernels")
+
+    def build_extension(self, ext):
+        folder, version = find_torch()
+        build = Path(self.build_temp).resolve()
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build.mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
+        pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11,
+            "RF_TORCH_DIR": folder,
+            "RF_TORCH_VERSION": version,
+            "RF_NVCC": find_nvcc() or "",
+        }
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.check_call(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *defines])
+        subprocess.check_call(["cmake", "--build", str(build), "--parallel", jobs])
+        for library in (*build.glob("rfkernels_kernels.*"), *build.glob("_C.*")):
+            if library.suffix in (".so", ".pyd", ".dylib"):
+                shutil.copy2(library, target)
+
+
+reason = why_python_only()
+if reason:
+    print(f"rfkernels: Python-only build: {reason}", file=sys.stderr)
+setup(
+    ext_modules=[] if reason else [Extension("rfkernels._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
