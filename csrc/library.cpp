@@ -4,8 +4,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -146,21 +149,17 @@ void write(Tensor k, Tensor v, OptionalTensor sink_k, OptionalTensor sink_v, Ten
   cpu::write(args);
 }
 
-Tensor rotate(Tensor x, Tensor frames, int64_t first_token, int64_t frame_tokens, Tensor frame_turns, Tensor spatial,
-              bool half_split, bool inverse, ScalarType dtype) {
-  Tensor out = torch::stable::new_empty(x, x.sizes(), dtype);
+// x [B, N, H, D] rotated at frame numbers frames[b * batch_stride + n / (tokens / entries)], written to out (a view of
+// x's shape, any strides).
+void rotate_into(const Tensor& out, const Tensor& x, const int64_t* frames, int64_t batch_stride, int64_t entries,
+                 int64_t first_token, int64_t frame_tokens, const Tensor& frame_turns, const Tensor& spatial,
+                 bool half_split, bool inverse) {
   cpu::Rotate args{};
   args.x = view(x);
   args.out = view(out);
-  STD_TORCH_CHECK(args.x.layers == 1, "x must have rank 4");
-  STD_TORCH_CHECK(frames.scalar_type() == ScalarType::Long && frames.is_contiguous() && frames.dim() == 2 &&
-                      (frames.size(0) == 1 || frames.size(0) == args.x.batch) && frames.size(1) > 0 &&
-                      args.x.tokens % frames.size(1) == 0,
-                  "frames must be contiguous int64 [batch or 1, entries] with entries dividing the tokens");
-  STD_TORCH_CHECK(first_token >= 0 && frame_tokens >= 1, "first_token and frame_tokens must not be negative");
-  args.frames = frames.const_data_ptr<int64_t>();
-  args.entries = frames.size(1);
-  args.frames_batch_stride = frames.size(0) == 1 ? 0 : frames.size(1);
+  args.frames = frames;
+  args.frames_batch_stride = batch_stride;
+  args.entries = entries;
   args.first_token = first_token;
   args.frame_tokens = frame_tokens;
   args.inverse = inverse;
@@ -168,7 +167,66 @@ Tensor rotate(Tensor x, Tensor frames, int64_t first_token, int64_t frame_tokens
   args.rope =
       rope_view(frame_turns, spatial, half_split, frame_tokens, args.x.head_dim, accumulator_of(args.precision));
   cpu::rotate(args);
+}
+
+Tensor rotate(Tensor x, Tensor frames, int64_t first_token, int64_t frame_tokens, Tensor frame_turns, Tensor spatial,
+              bool half_split, bool inverse, ScalarType dtype) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must have rank 4");
+  STD_TORCH_CHECK(frames.scalar_type() == ScalarType::Long && frames.is_contiguous() && frames.dim() == 2 &&
+                      (frames.size(0) == 1 || frames.size(0) == x.size(0)) && frames.size(1) > 0 &&
+                      x.size(1) % frames.size(1) == 0,
+                  "frames must be contiguous int64 [batch or 1, entries] with entries dividing the tokens");
+  STD_TORCH_CHECK(first_token >= 0 && frame_tokens >= 1, "first_token and frame_tokens must not be negative");
+  const Tensor out = torch::stable::new_empty(x, x.sizes(), dtype);
+  rotate_into(out, x, frames.const_data_ptr<int64_t>(), frames.size(0) == 1 ? 0 : frames.size(1), frames.size(1),
+              first_token, frame_tokens, frame_turns, spatial, half_split, inverse);
   return out;
+}
+
+// torch's flash attention for CPUs, q [B, H, N, D] over k, v [B, H, M, D] of any strides; out gets q's layout.
+std::pair<Tensor, Tensor> flash(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 7> stack{
+      from(q), from(k), from(v), from(0.0), from(false), from(OptionalTensor()), from(std::optional<double>(scale))};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::_scaled_dot_product_flash_attention_for_cpu", "", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+// Writes the chunk's K and V, then attends over the valid prefix of the layer: one call where a Python path would make
+// a dozen, which counts on small frames. Serves streams of one age that have every open frame, without grouped heads;
+// the backend composes the rest.
+std::tuple<Tensor, Tensor> streaming_attention(Tensor q, Tensor new_k, Tensor new_v, Tensor k, Tensor v,
+                                               OptionalTensor sink_k, OptionalTensor sink_v, Tensor num_frames,
+                                               OptionalTensor frame_turns, OptionalTensor spatial, bool half_split,
+                                               int64_t sink_frames, int64_t window_frames, int64_t frame_tokens,
+                                               double scale) {
+  const CacheGeometry geometry{sink_frames, window_frames, frame_tokens};
+  const int64_t batch = q.size(0), open = q.size(1) / frame_tokens;
+  const int64_t* ages = frame_counts(num_frames, batch);
+  STD_TORCH_CHECK(q.dim() == 4 && q.size(2) == k.size(2) && ages[0] >= open, "grouped heads or a missing frame");
+  std::vector<int64_t> frames;
+  for (int64_t sample = 0; sample < batch; ++sample) {
+    STD_TORCH_CHECK(ages[sample] == ages[0], "streams of different ages");
+    for (int64_t f = 0; f < open; ++f) frames.push_back(ages[sample] - open + f);
+  }
+  write(k, v, sink_k, sink_v, num_frames, new_k, new_v, frame_turns, spatial, half_split, sink_frames, window_frames,
+        frame_tokens);
+  const int64_t tokens = geometry.valid_frames(ages[0]) * frame_tokens;
+  const auto prefix = [&](Tensor x) { return torch::stable::transpose(torch::stable::narrow(x, 1, 0, tokens), 1, 2); };
+  // torch's kernel is a few percent faster on half types where queries, too, lie head by head: worth a copy of the
+  // result.
+  const bool by_head = cpu::is_half(dtype_of(k));
+  const auto swap = [](const Tensor& x) { return torch::stable::transpose(x, 1, 2); };
+  const int64_t tokens_q = q.size(1), heads = q.size(2), head_dim = q.size(3);
+  Tensor queries = by_head ? swap(torch::stable::new_empty(q, {batch, heads, tokens_q, head_dim}, k.scalar_type()))
+                           : torch::stable::new_empty(q, q.sizes(), k.scalar_type());
+  if (frame_turns)
+    rotate_into(queries, q, frames.data(), open, open, 0, frame_tokens, *frame_turns, *spatial, half_split, false);
+  else
+    torch::stable::copy_(queries, q);
+  auto [out, lse] = flash(swap(queries), prefix(k), prefix(v), scale);
+  return {torch::stable::contiguous(swap(out)), lse};
 }
 
 std::tuple<Tensor, Tensor> redmd_loss(Tensor x, Tensor fake, Tensor real_cond, OptionalTensor real_uncond,
@@ -212,6 +270,7 @@ STABLE_TORCH_LIBRARY_IMPL(rfkernels_native, CPU, m) {
   m.impl("begin_chunk", TORCH_BOX(&begin_chunk));
   m.impl("write", TORCH_BOX(&write));
   m.impl("rotate", TORCH_BOX(&rotate));
+  m.impl("streaming_attention", TORCH_BOX(&streaming_attention));
   m.impl("redmd_loss", TORCH_BOX(&redmd_loss));
 }
 

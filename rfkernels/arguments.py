@@ -1,14 +1,13 @@
-"""What the ops hand to a backend, in small structs instead of a dozen loose arguments."""
+"""What the ops hand to a backend, in small tuples instead of a dozen loose arguments."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class CacheTensors:
+class CacheTensors(NamedTuple):
     """The tensors of a cache (``[L, B, tokens, H_kv, D]``) or of one of its layers (without L).
 
     k, v: ``(S + W) * T`` tokens, keys rotated at the frame number at which queries meet them.
@@ -22,8 +21,7 @@ class CacheTensors:
     sink_v: torch.Tensor | None
 
 
-@dataclass(frozen=True)
-class Past:
+class Past(NamedTuple):
     """The frozen past of an open chunk: ``B * P`` frames ``[T, H_kv, D]``, those of sample 0 first.
 
     Of each sample the first ``valid_frames(num_frames) - F`` are real, in no particular order after the sinks; the

@@ -47,10 +47,11 @@ def streaming_attention(
         result = chunk_attention(q, k, v, layer.context(), scale, return_lse)
         layer.write(k, v)
         return result
-    t, rope, sizes, backend = layer.tensors, cache.rope_arguments, cache.sizes, backends.resolve(cache.device)
-    _ops.write(t.k, t.v, t.sink_k, t.sink_v, cache.num_frames, k, v, *rope, *sizes, backend)
     full = cache.full if cache.device.type != "cpu" else False  # a CPU backend reads the lengths
-    out, lse = _ops.attend(q, t.k, t.v, cache.num_frames, *rope, *sizes, scale, full, return_lse, backend)
+    out, lse = _ops.streaming_attention(
+        q, k, v, *layer.tensors, cache.num_frames, *cache.rope_arguments, *cache.geometry, scale, full, return_lse,
+        backends.resolve(cache.device),
+    )  # fmt: skip
     out = out.to(v.dtype)
     return (out, lse) if return_lse else out
 
@@ -82,11 +83,10 @@ def chunk_attention(
         {"k": k, "v": v},
     )
     scale = checks.scale(scale, context.head_dim)
-    rope = context.rope
-    tables = (None, None, False) if rope is None else (rope.frame_turns, rope.spatial, rope.half_split)
+    tables = context.rope or (None, None, False)
     out, lse = _ops.chunk_attention(
-        q, k, v, past.k, past.v, past.num_frames, past.full, past.dtype, *tables, geometry.sink_frames,
-        geometry.window_frames, geometry.frame_tokens, scale, backends.resolve(context.device),
+        q, k, v, past.k, past.v, past.num_frames, past.full, past.dtype, *tables, *geometry, scale,
+        backends.resolve(context.device),
     )  # fmt: skip
     out = out.to(v.dtype)
     return (out, lse) if return_lse else out
@@ -108,7 +108,7 @@ def sink_window_attention(
 ) -> Result:
     """Attention of whole sequences (training, prefill, language models) to sinks and a sliding window.
 
-    Query i (counted from the first key: ``i = N_k - N_q + row``) lies in a chunk that ends at ``end``; it sees key j iff
+    Query i (counted from the first key: ``i = N_k - N_q + row``) lies in a chunk that ends at ``end`` and sees j iff
     ``j < end and (j >= end - window_tokens or j < sink_tokens)``. ``chunk_tokens = 1`` is token-causal sliding-window
     attention with sinks (StreamingLLM). Differentiable in q, k and v, through out and lse.
 
@@ -153,8 +153,7 @@ def sink_window_attention(
         for name, count in counts.items():
             if count % (rope.frame_tokens or 1):
                 raise ValueError(f"{name} must be whole frames of {rope.frame_tokens} tokens with a rope, got {count}")
-        own = rope.tables(q.device, v.dtype)
-        tables = (own.frame_turns, own.spatial, own.half_split)
+        tables = rope.tables(q.device, v.dtype)
     out, lse = _ops.sink_window_attention(
         q,
         k,

@@ -6,7 +6,7 @@ int64 tensors alike, so the same lines serve the host's bookkeeping, the referen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -15,8 +15,7 @@ def _where(condition, yes, no):
     return torch.where(condition, yes, no) if isinstance(condition, torch.Tensor) else (yes if condition else no)
 
 
-@dataclass(frozen=True)
-class CacheGeometry:
+class CacheGeometry(NamedTuple):
     """A cache of one layer is ``[sink_frames * frame_tokens | window_frames * frame_tokens]`` tokens."""
 
     sink_frames: int
@@ -51,8 +50,7 @@ class CacheGeometry:
         return sink_slot + (self.evicted_frames(num_frames) if before_window else 0)
 
 
-@dataclass(frozen=True)
-class WindowMask:
+class WindowMask(NamedTuple):
     """The visibility rule of full-sequence attention, in tokens; query ``i`` lies in the chunk [begin(i), end(i))."""
 
     sink_tokens: int

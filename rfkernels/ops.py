@@ -1,6 +1,7 @@
 """The operators: every schema of the package, their fakes and their gradients. Kernels are elsewhere.
 
-``torch.ops.rfkernels.*`` carry the backend's name and call its functions (``backends/``). ``torch.ops.rfkernels_native.*``
+``torch.ops.rfkernels.*`` carry the backend's name and call its functions (``backends/``).
+``torch.ops.rfkernels_native.*``
 are what compiled code implements, by device: C++ (and CUDA) only adds kernels to the schemas below.
 """
 
@@ -20,6 +21,7 @@ _BEGIN = f"{_CACHE}, Tensor num_frames, int new_frames, Tensor? advancing, Tenso
     "bool before_window"
 )
 _WRITE = f"{_CACHE}, Tensor num_frames, Tensor new_k, Tensor new_v, {_ROPE}, {_GEOMETRY}"
+_STREAM = f"Tensor q, Tensor new_k, Tensor new_v, {_CACHE}, Tensor num_frames, {_ROPE}, {_GEOMETRY}, float scale"
 _CHUNK = f"Tensor[] past_k, Tensor[] past_v, Tensor num_frames, bool full, ScalarType dtype, {_ROPE}, {_GEOMETRY}, " + (
     "float scale, str backend"
 )
@@ -38,13 +40,13 @@ _NATIVE_SCHEMAS = {
     "write": f"({_WRITE}) -> ()",
     "rotate": "(Tensor x, Tensor frames, int first_token, int frame_tokens, Tensor frame_turns, Tensor spatial, "
     "bool half_split, bool inverse, ScalarType dtype) -> Tensor",
+    "streaming_attention": f"({_STREAM}) -> (Tensor out, Tensor lse)",
     "redmd_loss": f"({_LOSS}) -> (Tensor loss, Tensor grad)",
 }
 _SCHEMAS = {
     "begin_chunk": f"({_BEGIN}, str backend) -> ()",
     "write": f"({_WRITE}, str backend) -> ()",
-    "attend": f"(Tensor q, Tensor k, Tensor v, Tensor num_frames, {_ROPE}, {_GEOMETRY}, float scale, bool full, "
-    "bool return_lse, str backend) -> (Tensor out, Tensor lse)",
+    "streaming_attention": f"({_STREAM}, bool full, bool return_lse, str backend) -> (Tensor out, Tensor lse)",
     "chunk_attention": f"(Tensor q, Tensor k, Tensor v, {_CHUNK}) -> (Tensor out, Tensor lse)",
     "chunk_attention_backward": f"({_GRADS}, {_CHUNK}) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     "sink_window_attention": f"(Tensor q, Tensor k, Tensor v, {_WINDOW}) -> (Tensor out, Tensor lse)",
@@ -87,14 +89,14 @@ def _write(
     )  # fmt: skip
 
 
-def _attend(
-    q, k, v, num_frames, frame_turns, spatial, half_split, sink_frames, window_frames, frame_tokens, scale, full,
-    return_lse, backend,
+def _streaming_attention(
+    q, new_k, new_v, k, v, sink_k, sink_v, num_frames, frame_turns, spatial, half_split, sink_frames, window_frames,
+    frame_tokens, scale, full, return_lse, backend,
 ):  # fmt: skip
-    geometry = CacheGeometry(sink_frames, window_frames, frame_tokens)
-    out, lse = backends.get(backend).attend(
-        q, k, v, num_frames, _rope(frame_turns, spatial, half_split), geometry, scale, full, return_lse
-    )
+    out, lse = backends.get(backend).streaming_attention(
+        q, new_k, new_v, CacheTensors(k, v, sink_k, sink_v), num_frames, _rope(frame_turns, spatial, half_split),
+        CacheGeometry(sink_frames, window_frames, frame_tokens), scale, full, return_lse,
+    )  # fmt: skip
     return out, lse if return_lse else lse.new_empty(0)
 
 
@@ -143,7 +145,7 @@ def _redmd_loss(*arguments):
 for _name, _function in {
     "begin_chunk": _begin_chunk,
     "write": _write,
-    "attend": _attend,
+    "streaming_attention": _streaming_attention,
     "chunk_attention": _chunk_attention,
     "chunk_attention_backward": _chunk_attention_backward,
     "sink_window_attention": _sink_window_attention,
@@ -162,7 +164,7 @@ def _attention_fake(q, dtype):
     return q.new_empty(q.shape, dtype=dtype), lse
 
 
-def _attend_fake(q, k, v, num_frames, *rest):
+def _streaming_attention_fake(q, new_k, new_v, k, *rest):
     out, lse = _attention_fake(q, k.dtype)
     return out, lse if rest[-2] else lse.new_empty(0)
 
@@ -180,7 +182,7 @@ def _redmd_loss_fake(
 for _name, _fake in {
     "rfkernels::begin_chunk": lambda *_: None,
     "rfkernels::write": lambda *_: None,
-    "rfkernels::attend": _attend_fake,
+    "rfkernels::streaming_attention": _streaming_attention_fake,
     "rfkernels::chunk_attention": lambda q, k, v, *rest: _attention_fake(q, rest[4]),
     "rfkernels::chunk_attention_backward": _grads_fake,
     "rfkernels::sink_window_attention": lambda q, k, v, *_: _attention_fake(q, v.dtype),
@@ -189,6 +191,7 @@ for _name, _fake in {
     "rfkernels_native::begin_chunk": lambda *_: None,
     "rfkernels_native::write": lambda *_: None,
     "rfkernels_native::rotate": lambda x, *rest: x.new_empty(x.shape, dtype=rest[-1]),
+    "rfkernels_native::streaming_attention": lambda q, new_k, new_v, k, *rest: _attention_fake(q, k.dtype),
     "rfkernels_native::redmd_loss": _redmd_loss_fake,
 }.items():
     torch.library.register_fake(_name, _fake)
@@ -247,7 +250,6 @@ def _refuse(message: str):
 
 
 for _name, _message in {
-    "attend": "rfkernels.attend reads a cache that later calls overwrite: for gradients use chunk_attention",
     "chunk_attention_backward": "rfkernels.chunk_attention has no second derivative",
     "sink_window_attention_backward": "rfkernels.sink_window_attention has no second derivative",
 }.items():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class RopeTables:
+class RopeTables(NamedTuple):
     """What a kernel needs to rotate: see `Rope3D.tables`.
 
     frame_turns: float64 ``[frame_pairs]``, frequencies of the frame axis in turns (radians / 2 pi) per frame.

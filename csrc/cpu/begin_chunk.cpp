@@ -21,10 +21,14 @@ template <class Acc>
 struct Scratch {
   std::vector<TokenPhases<Acc>> evicted;  // phases of each evicted frame
   TokenPhases<Acc> image;
-  std::vector<Acc> sink, row;
+  std::vector<Acc> sink, row, turned;
 
   Scratch(const RopeView& rope, size_t frames, int64_t head_dim)
-      : evicted(frames, TokenPhases<Acc>(rope)), image(rope), sink(size_t(head_dim)), row(size_t(head_dim)) {}
+      : evicted(frames, TokenPhases<Acc>(rope)),
+        image(rope),
+        sink(size_t(head_dim)),
+        row(size_t(head_dim)),
+        turned(size_t(2 * head_dim)) {}
 };
 
 template <class Acc>
@@ -57,16 +61,19 @@ RF_INLINE void fuse_token(const BeginChunk& a, const SlotPlan& plan, int64_t lay
     if (fuse) {
       for (size_t e = 0; e < plan.evicted.size(); ++e) {
         const int64_t source = geometry.slot(plan.evicted[e]) * geometry.frame_tokens + token;
-        load_row(cache.k.row(layer, plan.sample, source, head), cache.k.dtype, n, s.row.data());
+        const char* evicted = cache.k.row(layer, plan.sample, source, head);
         if (cache.rope)
-          rotate_row(s.row.data(), s.evicted[e].cos(), s.evicted[e].sin(), n / 2, cache.rope.half_split, Acc(-1));
+          rotate_memory(evicted, cache.k.dtype, s.evicted[e].cos(), s.evicted[e].sin(), n / 2, cache.rope.half_split,
+                        Acc(-1), s.turned.data(), reinterpret_cast<char*>(s.row.data()), accumulator_dtype<Acc>());
+        else
+          load_row(evicted, cache.k.dtype, n, s.row.data());
         fold(sink, s.row.data(), alpha[head], alpha[heads + head], sum_k.dtype, n);
       }
       store_row(sink, sum_k.dtype, n, sum_k.row(layer, plan.sample, target, head));
     }
     if (cache.rope) {
-      rotate_row(sink, s.image.cos(), s.image.sin(), n / 2, cache.rope.half_split, Acc(1));
-      store_row(sink, cache.k.dtype, n, cache.k.row(layer, plan.sample, target, head));
+      rotate_row(sink, s.image.cos(), s.image.sin(), n / 2, cache.rope.half_split, Acc(1), s.turned.data());
+      store_row(s.turned.data(), cache.k.dtype, n, cache.k.row(layer, plan.sample, target, head));
     } else if (fuse && cache.sink_k) {
       store_row(sink, cache.k.dtype, n, cache.k.row(layer, plan.sample, target, head));
     }

@@ -21,11 +21,7 @@ struct Block {
   Acc out[kBlock];
 
   RF_INLINE const Acc* load(int which, const LatentView& view, int64_t start, int64_t n) {
-    constexpr DType own = sizeof(Acc) == 8 ? DType::Float64 : DType::Float32;
-    const char* source = view.data + start * item_size(view.dtype);
-    if (view.dtype == own) return reinterpret_cast<const Acc*>(source);
-    load_row(source, view.dtype, n, buffer[which]);
-    return buffer[which];
+    return read_row(view.data + start * item_size(view.dtype), view.dtype, n, buffer[which]);
   }
 };
 

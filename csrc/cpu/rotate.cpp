@@ -11,9 +11,8 @@ namespace {
 template <class Acc>
 RF_INLINE void rotate_token(const Rotate& a, int64_t sample, int64_t token, const TokenPhases<Acc>& phases, Acc* row) {
   for (int64_t head = 0; head < a.x.heads; ++head) {
-    load_row(a.x.row(0, sample, token, head), a.x.dtype, a.x.head_dim, row);
-    rotate_row(row, phases.cos(), phases.sin(), phases.pairs(), a.rope.half_split, Acc(a.inverse ? -1 : 1));
-    store_row(row, a.out.dtype, a.x.head_dim, a.out.row(0, sample, token, head));
+    rotate_memory(a.x.row(0, sample, token, head), a.x.dtype, phases.cos(), phases.sin(), phases.pairs(),
+                  a.rope.half_split, Acc(a.inverse ? -1 : 1), row, a.out.row(0, sample, token, head), a.out.dtype);
   }
 }
 
@@ -31,7 +30,7 @@ void rotate_all(const Rotate& a, Token token_kernel) {
   const int64_t tokens = a.x.tokens, tokens_per_entry = tokens / a.entries;
   parallel_rows(a.x.batch * tokens, a.x.heads * a.x.head_dim, [&](int64_t begin, int64_t end) {
     TokenPhases<Acc> phases(a.rope);
-    std::vector<Acc> row(size_t(a.x.head_dim));
+    std::vector<Acc> row(size_t(2 * a.x.head_dim));
     for (int64_t item = begin; item < end; ++item) {
       const int64_t sample = item / tokens, token = item % tokens;
       phases.set_frame(a.frames[sample * a.frames_batch_stride + token / tokens_per_entry]);

@@ -24,6 +24,11 @@ enum class DType : int8_t { Float16, BFloat16, Float32, Float64 };
 RF_INLINE int64_t item_size(DType dtype) { return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2; }
 RF_INLINE bool is_half(DType dtype) { return item_size(dtype) == 2; }
 
+template <class Acc>
+constexpr DType accumulator_dtype() {
+  return sizeof(Acc) == 8 ? DType::Float64 : DType::Float32;
+}
+
 RF_INLINE uint32_t float_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -120,21 +125,43 @@ RF_INLINE void round_row(float* row, DType dtype, int64_t n) {
 }
 RF_INLINE void round_row(double*, DType, int64_t) {}  // float64 caches hold float64 accumulators
 
-// Rotates the D/2 pairs of a head in place by the angles in cos/sin; direction -1 undoes a rotation.
+// The row itself where it is of type Acc already, else a converted copy in scratch.
 template <class Acc>
-RF_INLINE void rotate_row(Acc* row, const Acc* cos, const Acc* sin, int64_t pairs, bool half_split, Acc direction) {
+RF_INLINE const Acc* read_row(const char* source, DType dtype, int64_t n, Acc* scratch) {
+  if (item_size(dtype) == sizeof(Acc)) return reinterpret_cast<const Acc*>(source);
+  load_row(source, dtype, n, scratch);
+  return scratch;
+}
+
+// Rotates the D/2 pairs of a head by the angles in cos/sin; direction -1 undoes a rotation.
+template <class Acc>
+RF_INLINE void rotate_row(const Acc* __restrict__ x, const Acc* __restrict__ cos, const Acc* __restrict__ sin,
+                          int64_t pairs, bool half_split, Acc direction, Acc* __restrict__ out) {
   if (half_split) {
     for (int64_t i = 0; i < pairs; ++i) {
-      const Acc x = row[i], y = row[i + pairs], s = direction * sin[i];
-      row[i] = x * cos[i] - y * s;
-      row[i + pairs] = x * s + y * cos[i];
+      const Acc a = x[i], b = x[i + pairs], s = direction * sin[i];
+      out[i] = a * cos[i] - b * s;
+      out[i + pairs] = a * s + b * cos[i];
     }
   } else {
     for (int64_t i = 0; i < pairs; ++i) {
-      const Acc x = row[2 * i], y = row[2 * i + 1], s = direction * sin[i];
-      row[2 * i] = x * cos[i] - y * s;
-      row[2 * i + 1] = x * s + y * cos[i];
+      const Acc a = x[2 * i], b = x[2 * i + 1], s = direction * sin[i];
+      out[2 * i] = a * cos[i] - b * s;
+      out[2 * i + 1] = a * s + b * cos[i];
     }
+  }
+}
+
+// rotate_row from and to memory of any dtype; scratch holds two rows.
+template <class Acc>
+RF_INLINE void rotate_memory(const char* source, DType source_dtype, const Acc* cos, const Acc* sin, int64_t pairs,
+                             bool half_split, Acc direction, Acc* scratch, char* target, DType dtype) {
+  const Acc* x = read_row(source, source_dtype, 2 * pairs, scratch);
+  if (item_size(dtype) == sizeof(Acc)) {
+    rotate_row(x, cos, sin, pairs, half_split, direction, reinterpret_cast<Acc*>(target));
+  } else {
+    rotate_row(x, cos, sin, pairs, half_split, direction, scratch + 2 * pairs);
+    store_row(scratch + 2 * pairs, dtype, 2 * pairs, target);
   }
 }
 

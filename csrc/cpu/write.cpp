@@ -22,9 +22,8 @@ RF_INLINE void write_token(const Write& a, int64_t sample, int64_t source, int64
     if (to_sink && cache.sink_v)
       copy_row(new_v, a.new_v.dtype, n, row, cache.sink_v.row(0, sample, target, head), cache.sink_v.dtype);
     if (cache.rope) {
-      load_row(new_k, a.new_k.dtype, n, row);
-      rotate_row(row, phases.cos(), phases.sin(), phases.pairs(), cache.rope.half_split, Acc(1));
-      store_row(row, cache.k.dtype, n, cache.k.row(0, sample, target, head));
+      rotate_memory(new_k, a.new_k.dtype, phases.cos(), phases.sin(), phases.pairs(), cache.rope.half_split, Acc(1),
+                    row, cache.k.row(0, sample, target, head), cache.k.dtype);
     } else {
       copy_row(new_k, a.new_k.dtype, n, row, cache.k.row(0, sample, target, head), cache.k.dtype);
     }
@@ -47,7 +46,7 @@ void write_all(const Write& a, Token token_kernel) {
   const int64_t tokens = a.new_k.tokens, frames = tokens / geometry.frame_tokens;
   parallel_rows(a.new_k.batch * tokens, 2 * a.new_k.heads * a.new_k.head_dim, [&](int64_t begin, int64_t end) {
     TokenPhases<Acc> phases(a.cache.rope);
-    std::vector<Acc> row(size_t(a.new_k.head_dim));
+    std::vector<Acc> row(size_t(2 * a.new_k.head_dim));
     for (int64_t item = begin; item < end; ++item) {
       const int64_t sample = item / tokens, source = item % tokens;
       const int64_t frame = a.num_frames[sample] - frames + source / geometry.frame_tokens;

@@ -16,8 +16,9 @@ sink_window_attention = reference.sink_window_attention
 chunk_attention = reference.chunk_attention
 
 
-def attend(q, k, v, num_frames, rope, geometry, scale, full, return_lse):
-    return reference.attend(q, k, v, num_frames, rope, geometry, scale)
+def streaming_attention(q, new_k, new_v, cache, num_frames, rope, geometry, scale, full, return_lse):
+    reference.write(cache, num_frames, new_k, new_v, rope, geometry)
+    return reference.attend(q, cache.k, cache.v, num_frames, rope, geometry, scale)
 
 
 def chunk_attention_backward(grad_out, grad_lse, q, k, v, out, lse, past: Past, rope, geometry, scale):

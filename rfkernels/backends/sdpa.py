@@ -39,13 +39,13 @@ def begin_chunk(
     if not native.serves(cache.k):
         return reference.begin_chunk(cache, num_frames, new_frames, advancing, decay, rope, geometry, before_window)
     _native.begin_chunk(
-        *_tensors(cache),
+        *cache,
         num_frames,
         new_frames,
         advancing,
         decay,
         *_tables(rope),
-        *_sizes(geometry),
+        *geometry,
         before_window,
     )
 
@@ -60,7 +60,7 @@ def write(
 ) -> None:
     if not native.serves(cache.k):
         return reference.write(cache, num_frames, new_k, new_v, rope, geometry)
-    _native.write(*_tensors(cache), num_frames, _rows(new_k), _rows(new_v), *_tables(rope), *_sizes(geometry))
+    _native.write(*cache, num_frames, _rows(new_k), _rows(new_v), *_tables(rope), *geometry)
 
 
 def rotate(
@@ -99,16 +99,8 @@ def redmd_loss(
     return _native.redmd_loss(*latents, weight.contiguous(), mask, guidance_scale, fake_guidance_scale, need_grad)
 
 
-def _tensors(cache: CacheTensors) -> tuple[torch.Tensor | None, ...]:
-    return cache.k, cache.v, cache.sink_k, cache.sink_v
-
-
 def _tables(rope: RopeTables | None) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
-    return (None, None, False) if rope is None else (rope.frame_turns, rope.spatial, rope.half_split)
-
-
-def _sizes(geometry: CacheGeometry) -> tuple[int, int, int]:
-    return geometry.sink_frames, geometry.window_frames, geometry.frame_tokens
+    return (None, None, False) if rope is None else rope
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -273,7 +265,15 @@ def _same_age(num_frames: torch.Tensor, frames: int, geometry: CacheGeometry) ->
     ]
 
 
-def attend(q, k, v, num_frames, rope, geometry, scale, full, return_lse):
+def streaming_attention(q, new_k, new_v, cache, num_frames, rope, geometry, scale, full, return_lse):
+    k, v = cache.k, cache.v
+    if native.serves(k) and q.shape[2] == k.shape[2]:
+        ages = num_frames.tolist()
+        if min(ages) == max(ages) >= q.shape[1] // geometry.frame_tokens:
+            return _native.streaming_attention(
+                _rows(q), _rows(new_k), _rows(new_v), *cache, num_frames, *_tables(rope), *geometry, scale
+            )
+    write(cache, num_frames, new_k, new_v, rope, geometry)
     frames = open_frames(num_frames, q.shape[1] // geometry.frame_tokens)
     q = rotate(q, frames, rope, dtype=k.dtype)
     if k.device.type != "cpu":
