@@ -3,7 +3,8 @@
 from . import losses, ops
 from .attention import chunk_attention, merge_attention, sink_window_attention, streaming_attention
 from .backends import available_backends, explain_backends, use_backend
-from .cache import CacheLayer, Context, EMASinkCache
+from .cache import CacheLayer, EMASinkCache
+from .contexts import Context
 from .rope import Rope3D
 
 __version__ = "0.1.0"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from . import backends, checks
-from .cache import CacheLayer, Context, check_chunk
+from .cache import CacheLayer
+from .contexts import Context
 from .rope import Rope3D
 
 _ops = torch.ops.rfkernels
@@ -72,7 +73,7 @@ def chunk_attention(
     """
     past, geometry = context.past, context.geometry
     batch = past.num_frames.shape[0]
-    check_chunk(
+    checks.chunk(
         context.frames,
         geometry,
         batch,
@@ -144,12 +145,9 @@ def sink_window_attention(
         "chunk_tokens": checks.integer("chunk_tokens", chunk_tokens, 1),
         "first_chunk_tokens": checks.integer("first_chunk_tokens", first_chunk_tokens, 1),
     }
+    checks.rope(rope, head_dim)
     tables = (None, None, False)
     if rope is not None:
-        if not isinstance(rope, Rope3D):
-            raise TypeError(f"rope must be a Rope3D or None, got {type(rope).__name__}")
-        if rope.head_dim != head_dim:
-            raise ValueError(f"rope must have head_dim={head_dim}, got {rope.head_dim}")
         for name, count in counts.items():
             if count % (rope.frame_tokens or 1):
                 raise ValueError(f"{name} must be whole frames of {rope.frame_tokens} tokens with a rope, got {count}")

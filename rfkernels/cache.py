@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from . import backends, checks
-from .arguments import CacheTensors, Past, accumulate_dtype
+from .arguments import CacheTensors, accumulate_dtype
+from .contexts import Context, Contexts
 from .geometry import CacheGeometry
 from .rope import Rope3D, RopeTables
 
 _ops = torch.ops.rfkernels
-
-
-@dataclass(frozen=True, eq=False)
-class Context:
-    """The frozen past of an open chunk in one layer, for `chunk_attention`. Safe to keep: the cache never changes it.
-
-    Frames of the past are shared between the contexts of consecutive chunks; the sink image is its own.
-    """
-
-    past: Past
-    geometry: CacheGeometry
-    rope: RopeTables | None
-    frames: int
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.past.num_frames.device
 
 
 class CacheLayer:
@@ -82,7 +63,8 @@ class CacheLayer:
         Raises:
             ValueError: no chunk is open.
         """
-        return self.cache._context(self.index)
+        self.cache.require_chunk()
+        return self.cache.contexts.of(self.index)
 
 
 class EMASinkCache:
@@ -155,17 +137,17 @@ class EMASinkCache:
             raise ValueError(f'sink_positions must be "before_window" or "absolute", got {sink_positions!r}')
         if fuse != "slot":
             raise ValueError(f'fuse must be "slot", got {fuse!r}')
-        _check_rope(rope, self.head_dim, self.geometry.frame_tokens)
+        checks.rope(rope, self.head_dim, self.geometry.frame_tokens)
         self.alpha = _alphas(alpha, self.num_kv_heads)
         self.rope, self.sink_positions, self.dtype, self.fuse = rope, sink_positions, dtype, fuse
         self.sink_dtype = _accumulator(dtype, sink_dtype)
         self.device = torch.empty(0, device=device).device  # "cuda" -> "cuda:0"
         self._allocate()
         self._layers = [CacheLayer(self, index) for index in range(self.num_layers)]
-        self._ages = [0] * self.batch_size  # num_frames, as the host knows it
+        self.ages = [0] * self.batch_size  # num_frames, as the host knows it
         self.open_frames = 0
         self.full = False
-        self._forget_contexts()
+        self.contexts = Contexts(self)
 
     def _allocate(self) -> None:
         static = all(alpha == 1.0 for alpha in self.alpha)
@@ -265,18 +247,18 @@ class EMASinkCache:
         """
         frames = checks.integer("frames", frames, 1, self.geometry.window_frames)
         chosen = self._samples(samples)
-        seen = min((self._ages[b] for b in chosen), default=frames)
+        seen = min((self.ages[b] for b in chosen), default=frames)
         replace = checks.integer("replace", replace, 0)
         if replace > min(frames, seen):
             raise ValueError(f"replace must be at most min(frames={frames}, frames so far={seen}), got {replace}")
         new = frames - replace
-        ages = [age + new if b in chosen else age for b, age in enumerate(self._ages)]
+        ages = [age + new if b in chosen else age for b, age in enumerate(self.ages)]
         advancing = None
         if len(chosen) < self.batch_size:
             advancing = torch.tensor([b in chosen for b in range(self.batch_size)], device=self.device)
         evicted = self.geometry.evicted_frames
         with torch.no_grad():
-            if any(evicted(ages[b]) > evicted(self._ages[b]) for b in chosen):
+            if any(evicted(ages[b]) > evicted(self.ages[b]) for b in chosen):
                 t, backend = self.accumulators, backends.resolve(self.device)
                 _ops.begin_chunk(
                     t.k, t.v, t.sink_k, t.sink_v, self.num_frames, new, advancing, self._decay, *self.rope_arguments,
@@ -285,7 +267,7 @@ class EMASinkCache:
             self.num_frames += new if advancing is None else advancing * new
         self.open_frames = frames
         self._set_ages(ages)
-        self._close_contexts()
+        self.contexts.next_chunk()
 
     def _samples(self, samples: Iterable[int] | None) -> list[int]:
         if samples is None:
@@ -301,14 +283,17 @@ class EMASinkCache:
         return sorted(set(chosen))
 
     def _set_ages(self, ages: list[int]) -> None:
-        self._ages = ages
+        self.ages = ages
         self.full = min(ages) >= self.geometry.capacity
+
+    def require_chunk(self) -> None:
+        if self.open_frames == 0:
+            raise ValueError("no chunk is open: call begin_chunk(frames) first")
 
     def check_chunk(self, q: torch.Tensor | None = None, **kv: torch.Tensor) -> None:
         """Raises unless a chunk is open and q, k, v are its tokens."""
-        if self.open_frames == 0:
-            raise ValueError("no chunk is open: call begin_chunk(frames) first")
-        check_chunk(
+        self.require_chunk()
+        checks.chunk(
             self.open_frames,
             self.geometry,
             self.batch_size,
@@ -331,67 +316,6 @@ class EMASinkCache:
 
     def __len__(self) -> int:
         return self.num_layers
-
-    # --- contexts -----------------------------------------------------------------------------------------------------
-
-    def _forget_contexts(self) -> None:
-        self._pages: dict[tuple[int, int], dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._contexts: dict[int, Context] = {}
-        self._chunk_num_frames: torch.Tensor | None = None
-
-    def _close_contexts(self) -> None:
-        """A new chunk: frames that left the window are no longer needed, frames open again may change."""
-        self._contexts, self._chunk_num_frames = {}, None
-        for (_, sample), pages in self._pages.items():
-            past = self._past_frames(sample)
-            for frame in [frame for frame in pages if frame not in past]:
-                del pages[frame]
-
-    def _past_frames(self, sample: int) -> range:
-        """The window frames of a stream before its open chunk."""
-        age = self._ages[sample]
-        first = max(self.geometry.sink_frames, age - self.geometry.window_frames)
-        return range(first, max(first, age - self.open_frames))
-
-    def _context(self, layer: int) -> Context:
-        if self.open_frames == 0:
-            raise ValueError("no chunk is open: call begin_chunk(frames) first")
-        if layer not in self._contexts:
-            with torch.no_grad():
-                self._contexts[layer] = self._freeze(layer)
-        return self._contexts[layer]
-
-    def _freeze(self, layer: int) -> Context:
-        geometry, tokens = self.geometry, self.geometry.frame_tokens
-        stored = geometry.capacity - self.open_frames
-        past_k: list[torch.Tensor] = []
-        past_v: list[torch.Tensor] = []
-        image = self._sink_image(layer)
-        filler = None if self.full else self.k.new_zeros(tokens, self.num_kv_heads, self.head_dim)
-        for sample in range(self.batch_size):
-            sinks = max(0, min(geometry.sink_frames, self._ages[sample] - self.open_frames))
-            frames = [tuple(x[sample, i * tokens : (i + 1) * tokens] for x in image) for i in range(sinks)]
-            frames += [self._page(layer, sample, frame) for frame in self._past_frames(sample)]
-            frames += [(filler, filler)] * (stored - len(frames))
-            past_k += [k for k, _ in frames]
-            past_v += [v for _, v in frames]
-        if self._chunk_num_frames is None:
-            self._chunk_num_frames = self.num_frames.clone()
-        past = Past(past_k, past_v, self._chunk_num_frames, self.full, self.dtype)
-        return Context(past, geometry, self.rope_tables, self.open_frames, self.num_kv_heads, self.head_dim)
-
-    def _sink_image(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = self.geometry.sink_frames * self.geometry.frame_tokens
-        return self.k[layer, :, :tokens].clone(), self.v[layer, :, :tokens].clone()
-
-    def _page(self, layer: int, sample: int, frame: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A frame of the past, copied once, when the first context needs it, and shared while it is in the window."""
-        pages = self._pages.setdefault((layer, sample), {})
-        if frame not in pages:
-            start = self.geometry.slot(frame) * self.geometry.frame_tokens
-            tokens = slice(start, start + self.geometry.frame_tokens)
-            pages[frame] = (self.k[layer, sample, tokens].clone(), self.v[layer, sample, tokens].clone())
-        return pages[frame]
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -429,15 +353,15 @@ class EMASinkCache:
             for name, x in self._tensors().items():
                 for sample in chosen:
                     (x if name == "num_frames" else x.transpose(0, 1))[sample].zero_()
-        self._set_ages([0 if b in chosen else age for b, age in enumerate(self._ages)])
+        self._set_ages([0 if b in chosen else age for b, age in enumerate(self.ages)])
         if len(chosen) == self.batch_size:
             self.open_frames = 0
-        self._forget_contexts()
+        self.contexts.forget()
 
     def state_dict(self) -> dict:
         """The tensors (not copied, as in a torch module), the host's state and the geometry they belong to."""
         return self._tensors() | {
-            "ages": list(self._ages),
+            "ages": list(self.ages),
             "open_frames": self.open_frames,
             "geometry": self._description(),
         }
@@ -470,7 +394,7 @@ class EMASinkCache:
                 x.copy_(state[name])
         self.open_frames = frames
         self._set_ages(ages)
-        self._forget_contexts()
+        self.contexts.forget()
 
     def snapshot(self) -> dict:
         """A copy of the whole state, for `restore`."""
@@ -520,40 +444,6 @@ class EMASinkCache:
             f"EMASinkCache({self.num_layers} layers, batch {self.batch_size}, {self.num_kv_heads} x {self.head_dim}, "
             f"{g.sink_frames} sink + {g.window_frames} window frames of {g.frame_tokens} tokens, {self.dtype}, "
             f"{self.device}, {self.nbytes / 2**20:.1f} MiB)"
-        )
-
-
-def check_chunk(
-    frames: int,
-    geometry: CacheGeometry,
-    batch: int,
-    kv_heads: int,
-    head_dim: int,
-    device: torch.device,
-    q: torch.Tensor | None,
-    kv: dict[str, torch.Tensor],
-) -> None:
-    """Raises unless q and kv are the tokens of a chunk of ``frames`` frames."""
-    tokens = frames * geometry.frame_tokens
-    for name, x in (kv if q is None else {"q": q} | kv).items():
-        heads = None if name == "q" else kv_heads
-        checks.tensor(name, x, 4, device)
-        if x.shape != (batch, tokens, heads or x.shape[2], head_dim):
-            checks.shape(name, x, batch=batch, tokens=tokens, heads=heads, head_dim=head_dim)
-    if q is not None:
-        checks.heads(q, kv_heads)
-
-
-def _check_rope(rope: Rope3D | None, head_dim: int, frame_tokens: int) -> None:
-    if rope is None:
-        return
-    if not isinstance(rope, Rope3D):
-        raise TypeError(f"rope must be a Rope3D or None, got {type(rope).__name__}")
-    if rope.head_dim != head_dim:
-        raise ValueError(f"rope must have head_dim={head_dim}, got {rope.head_dim}")
-    if rope.frame_tokens not in (None, frame_tokens):
-        raise ValueError(
-            f"rope must cover frame_tokens={frame_tokens}, got height * width = {rope.height} * {rope.width}"
         )
 
 

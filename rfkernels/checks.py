@@ -6,6 +6,9 @@ import numbers
 
 import torch
 
+from .geometry import CacheGeometry
+from .rope import Rope3D
+
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -51,3 +54,37 @@ def scale(value: float | None, head_dim: int) -> float:
     if not isinstance(value, numbers.Real):
         raise TypeError(f"scale must be a number, got {type(value).__name__}")
     return float(value)
+
+
+def chunk(
+    frames: int,
+    geometry: CacheGeometry,
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+    q: torch.Tensor | None,
+    kv: dict[str, torch.Tensor],
+) -> None:
+    """Raises unless q and kv are the tokens of a chunk of ``frames`` frames."""
+    tokens = frames * geometry.frame_tokens
+    for name, x in (kv if q is None else {"q": q} | kv).items():
+        count = None if name == "q" else kv_heads
+        tensor(name, x, 4, device)
+        if x.shape != (batch, tokens, count or x.shape[2], head_dim):
+            shape(name, x, batch=batch, tokens=tokens, heads=count, head_dim=head_dim)
+    if q is not None:
+        heads(q, kv_heads)
+
+
+def rope(value: Rope3D | None, head_dim: int, frame_tokens: int | None = None) -> None:
+    """``value`` is None or a rope for heads of ``head_dim`` and, if given, frames of ``frame_tokens`` tokens."""
+    if value is None:
+        return
+    if not isinstance(value, Rope3D):
+        raise TypeError(f"rope must be a Rope3D or None, got {type(value).__name__}")
+    if value.head_dim != head_dim:
+        raise ValueError(f"rope must have head_dim={head_dim}, got {value.head_dim}")
+    if frame_tokens is not None and value.frame_tokens not in (None, frame_tokens):
+        size = f"height * width = {value.height} * {value.width}"
+        raise ValueError(f"rope must cover frame_tokens={frame_tokens}, got {size}")

@@ -1,0 +1,62 @@
+"""``python -m rfkernels``: what is here, and a demonstration."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+import rfkernels as rf
+from rfkernels import demo, native
+
+
+def _nvcc() -> str:
+    """nvcc on PATH or from pip, for building; the kernels themselves need none."""
+    spec = importlib.util.find_spec("nvidia")
+    roots = [] if spec is None else spec.submodule_search_locations or []
+    found = shutil.which("nvcc") or next((str(p) for root in roots for p in Path(root).glob("cu*/bin/nvcc")), None)
+    return found or "none found"
+
+
+def info() -> int:
+    rows = {
+        "rfkernels": rf.__version__,
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'})",
+        "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
+        "triton": "installed" if importlib.util.find_spec("triton") else "not installed",
+        "nvcc": _nvcc(),
+    }
+    if native.missing is None:
+        from rfkernels import _C
+
+        rows["compiled kernels"] = (
+            f"CPU, by {_C.compiler}, built against torch {_C.torch_version}, for torch >= {_C.torch_target}"
+        )
+        rows["CUDA kernels"] = f"CUDA {_C.cuda}" if _C.cuda else f"none: {_C.cuda_reason}"
+    else:
+        rows["compiled kernels"] = f"none: {native.missing}"
+    for name, text in rows.items():
+        print(f"{name:18} {text}")
+    print("\nbackends")
+    for name, text in rf.explain_backends().items():
+        print(f"  {name:16} {text}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rfkernels", description=rf.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, backends, and why what is missing is missing")
+    demo.add_arguments(commands.add_parser("demo", help="stream real pictures through three kinds of sink"))
+    args = parser.parse_args(argv)
+    return info() if args.command == "info" else demo.run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
