@@ -209,7 +209,7 @@ def dense_attention(
         scores = scores.masked_fill(~visible & ~empty, -torch.inf)  # an empty row stays finite, for its gradient
     lse = scores.logsumexp(-1, keepdim=True)
     weights = torch.where(empty, 0.0, (scores - lse).exp())
-    out = torch.einsum("bhgnm,bmhd->bnhgd", weights, v).flatten(2, 3)
+    out = torch.einsum("bhgnm,bmhd->bnhgd", weights, v).flatten(2, 3).contiguous()
     return out, torch.where(empty, -torch.inf, lse).squeeze(-1).flatten(1, 2)
 
 

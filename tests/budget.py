@@ -1,0 +1,29 @@
+"""The error budget: twice what plain PyTorch loses in the same dtype, plus one rounding band."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check(got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str = "", least: float = 0.0) -> None:
+    """exact: float64; plain: what plain PyTorch gives in ``got``'s dtype. Infinities and NaN must match exactly.
+
+    least: the magnitude below which a rounding band does not shrink. A normaliser has 1: rounding the sum of
+    exponentials by a relative eps moves its logarithm by an absolute eps, however small the logarithm.
+    """
+    value, exact, plain = got.detach().cpu().double(), exact.detach().cpu().double(), plain.detach().cpu().double()
+    for kind in (torch.isposinf, torch.isneginf, torch.isnan):
+        assert torch.equal(kind(value), kind(exact)), f"{what}: {kind.__name__} at other places"
+    finite = exact.isfinite()
+    if not finite.any():
+        return
+    error = torch.where(finite, (value - exact).abs(), 0)
+    plain_error = (plain - exact)[finite & plain.isfinite()].abs().max().item() if finite.any() else 0.0
+    band = torch.finfo(got.dtype).eps * max(least, exact[finite].abs().max().item())
+    worst = error.argmax()
+    at = tuple(int(i) for i in torch.unravel_index(worst, error.shape))
+    allowed = 2 * plain_error + band
+    assert error.max().item() <= allowed, (
+        f"{what}: error {error.max().item():.3e} at {at} (got {value[at].item():.6g}, exact {exact[at].item():.6g}), "
+        f"allowed {allowed:.3e} = 2 * {plain_error:.3e} + {band:.3e}"
+    )
