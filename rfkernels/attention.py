@@ -72,16 +72,14 @@ def chunk_attention(
     ``context`` is ``cache[i].context()``.
     """
     past, geometry = context.past, context.geometry
-    batch = past.num_frames.shape[0]
     checks.chunk(
         context.frames,
         geometry,
-        batch,
+        past.num_frames.shape[0],
         context.kv_heads,
         context.head_dim,
         context.device,
-        q,
-        {"k": k, "v": v},
+        {"q": q, "k": k, "v": v},
     )
     scale = checks.scale(scale, context.head_dim)
     tables = context.rope or (None, None, False)

@@ -290,7 +290,7 @@ class EMASinkCache:
         if self.open_frames == 0:
             raise ValueError("no chunk is open: call begin_chunk(frames) first")
 
-    def check_chunk(self, q: torch.Tensor | None = None, **kv: torch.Tensor) -> None:
+    def check_chunk(self, **tensors: torch.Tensor) -> None:
         """Raises unless a chunk is open and q, k, v are its tokens."""
         self.require_chunk()
         checks.chunk(
@@ -300,8 +300,7 @@ class EMASinkCache:
             self.num_kv_heads,
             self.head_dim,
             self.device,
-            q,
-            kv,
+            tensors,
         )
 
     def __getitem__(self, index: int) -> CacheLayer:

@@ -63,18 +63,17 @@ def chunk(
     kv_heads: int,
     head_dim: int,
     device: torch.device,
-    q: torch.Tensor | None,
-    kv: dict[str, torch.Tensor],
+    tensors: dict[str, torch.Tensor],
 ) -> None:
-    """Raises unless q and kv are the tokens of a chunk of ``frames`` frames."""
+    """Raises unless the tensors, by name ("q", "k", "v"), are the tokens of a chunk of ``frames`` frames."""
     tokens = frames * geometry.frame_tokens
-    for name, x in (kv if q is None else {"q": q} | kv).items():
+    for name, x in tensors.items():
         count = None if name == "q" else kv_heads
         tensor(name, x, 4, device)
         if x.shape != (batch, tokens, count or x.shape[2], head_dim):
             shape(name, x, batch=batch, tokens=tokens, heads=count, head_dim=head_dim)
-    if q is not None:
-        heads(q, kv_heads)
+    if "q" in tensors:
+        heads(tensors["q"], kv_heads)
 
 
 def rope(value: Rope3D | None, head_dim: int, frame_tokens: int | None = None) -> None:

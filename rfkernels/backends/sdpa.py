@@ -99,6 +99,11 @@ def redmd_loss(
     return _native.redmd_loss(*latents, weight.contiguous(), mask, guidance_scale, fake_guidance_scale, need_grad)
 
 
+def _lengths_are_readable(x: torch.Tensor) -> bool:
+    """On the CPU reading a length is no synchronisation, and torch's flash kernel for CPUs is there."""
+    return x.device.type == "cpu"
+
+
 def _tables(rope: RopeTables | None) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
     return (None, None, False) if rope is None else rope
 
@@ -128,7 +133,7 @@ def dense(
     bias = None
     if visible is not None:
         bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)[:, None]
-    if q.device.type == "cpu":
+    if _lengths_are_readable(q):
         out, lse = _dense_cpu(q, k, v, scale, bias)
     else:
         q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
@@ -276,7 +281,7 @@ def streaming_attention(q, new_k, new_v, cache, num_frames, rope, geometry, scal
     write(cache, num_frames, new_k, new_v, rope, geometry)
     frames = open_frames(num_frames, q.shape[1] // geometry.frame_tokens)
     q = rotate(q, frames, rope, dtype=k.dtype)
-    if k.device.type != "cpu":
+    if not _lengths_are_readable(k):
         return _attend_masked(q, k, v, num_frames, frames, geometry, scale, full, return_lse)
     groups = _same_age(num_frames, frames.shape[1], geometry)
     if len(groups) == 1 and groups[0].missing_tokens == 0:
@@ -320,7 +325,7 @@ def _chunk_parts(k: torch.Tensor, v: torch.Tensor, past: Past, geometry: CacheGe
     """k (rotated) and v: the chunk's own. Past frames are joined to them for as long as the call lasts."""
     batch, own = k.shape[:2]
     frames, stored = own // geometry.frame_tokens, len(past.k) // batch
-    if k.device.type == "cpu":
+    if _lengths_are_readable(k):
         for group in _same_age(past.num_frames, frames, geometry):
             rows = slice(group.missing_tokens, None)
             count = max(0, group.valid_frames - frames)
