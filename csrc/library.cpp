@@ -226,7 +226,7 @@ std::tuple<Tensor, Tensor> streaming_attention(Tensor q, Tensor new_k, Tensor ne
   else
     torch::stable::copy_(queries, q);
   auto [out, lse] = flash(swap(queries), prefix(k), prefix(v), scale);
-  return {torch::stable::contiguous(swap(out)), lse};
+  return {torch::stable::contiguous(swap(out)), torch::stable::contiguous(lse)};
 }
 
 std::tuple<Tensor, Tensor> redmd_loss(Tensor x, Tensor fake, Tensor real_cond, OptionalTensor real_uncond,

@@ -45,4 +45,5 @@ def _differentiate(
     included = torch._C._dispatch_tls_local_include_set()
     with torch._C._ForceDispatchKeyGuard(included, _OUTSIDE), torch.enable_grad():
         inputs = tuple(x.detach().requires_grad_() for x in inputs)
-        return torch.autograd.grad(function(*inputs), inputs, grads)
+        found = torch.autograd.grad(function(*inputs), inputs, grads)
+    return tuple(grad.clone(memory_format=torch.contiguous_format) for grad in found)  # not views of one buffer

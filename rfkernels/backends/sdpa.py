@@ -145,7 +145,7 @@ def dense(
         empty = ~visible.any(-1)
         out = torch.where(empty[:, :, None, None], 0, out)
         lse = torch.where(empty[:, None], -torch.inf, lse) if return_lse else lse
-    return out.contiguous(), lse
+    return out.contiguous(), lse.contiguous()
 
 
 def _dense_cpu(q, k, v, scale, bias):

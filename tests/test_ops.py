@@ -1,0 +1,342 @@
+"""What the operators promise below and around the numbers: opcheck, torch.compile, no value read by the host."""
+
+import contextlib
+import math
+import re
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rfkernels as rf
+from rfkernels import backends, native
+from rfkernels.arguments import Past
+from rfkernels.backends import sdpa
+from rfkernels.geometry import WindowMask
+
+ops = torch.ops.rfkernels
+
+
+def make(device, layers=1, batch=2, dtype=torch.float32, frames=2, chunks=4, size=(2, 2), window=3):
+    cache = rf.EMASinkCache(
+        num_layers=layers, batch_size=batch, num_kv_heads=2, head_dim=8, frame_tokens=size[0] * size[1], sink_frames=2,
+        window_frames=window, alpha=0.9, rope=rf.Rope3D(8, *size), dtype=dtype, device=device,
+    )  # fmt: skip
+    for _ in range(chunks):
+        cache.begin_chunk(frames)
+        for layer in cache:
+            layer.write(*qkv(cache, frames)[1:])
+    return cache
+
+
+def qkv(cache, frames, grad=False, heads=2):
+    tokens = frames * cache.geometry.frame_tokens
+    shapes = [(cache.batch_size, tokens, n, 8) for n in (heads, 2, 2)]
+    return [torch.randn(s, dtype=cache.dtype, device=cache.device).requires_grad_(grad) for s in shapes]
+
+
+# --- opcheck ----------------------------------------------------------------------------------------------------------
+
+
+def op_calls(device, backend):
+    """(op, arguments) of every public op, in several layouts."""
+    cache = make(device)
+    rope, geometry = cache.rope_arguments, cache.geometry
+    layer, accumulators = cache[0].tensors, cache.accumulators
+    q, k, v = qkv(cache, 2, grad=True, heads=4)
+    past = cache[0].context().past
+    strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    plain = [x.detach() for x in (q, k, v)]
+    lse = torch.randn(2, 4, 8, device=device)
+    x, fake, cond, uncond = (torch.randn(2, 3, 4, device=device) for _ in range(4))
+    some = torch.tensor([True, False], device=device)
+    yield "begin_chunk", (*accumulators, cache.num_frames, 2, None, cache._decay, *rope, *geometry, True, backend)
+    yield "begin_chunk", (*accumulators, cache.num_frames, 1, some, cache._decay, *rope, *geometry, False, backend)
+    yield "write", (*layer, cache.num_frames, *plain[1:], *rope, *geometry, backend)
+    for full, return_lse in ((True, False), (False, True)):
+        arguments = (*rope, *geometry, 0.3, full, return_lse, backend)
+        yield "streaming_attention", (*plain, *layer, cache.num_frames, *arguments)
+    chunk = (past.k, past.v, past.num_frames, past.full, torch.float32, *rope, *geometry, 0.3, backend)
+    window = (2, 4, 2, 1, True, None, None, False, 0.3, backend)
+    for tensors in ((q, k, v), strided):
+        yield "chunk_attention", (*tensors, *chunk)
+        yield "sink_window_attention", (*tensors, *window)
+    for name, rest in (("chunk_attention", chunk), ("sink_window_attention", window)):
+        yield name + "_backward", (plain[0], lse, *plain, plain[0], lse, *rest)
+    yield "merge_attention", (q, lse, q * 2, lse + 1)
+    yield (
+        "redmd_loss",
+        (x.clone().requires_grad_(), fake, cond, uncond, None, x[:, 0, 0], x > 0, 3.0, 0.0, True, backend),
+    )
+    yield "redmd_loss", (x, fake, cond, None, None, x[:, 0, 0], None, 3.0, 0.0, False, backend)
+
+
+def test_opcheck_with_all_utilities(device, backend):
+    seen = set()
+    for name, arguments in op_calls(device, backend):
+        torch.library.opcheck(getattr(ops, name).default, arguments)
+        seen.add(name)
+    from rfkernels.ops import _SCHEMAS
+
+    assert seen == set(_SCHEMAS)
+
+
+@pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
+def test_opcheck_of_the_compiled_ops():
+    cache = make("cpu")
+    rope, geometry, layer = cache.rope_arguments, cache.geometry, cache[0].tensors
+    q, k, v = qkv(cache, 2)
+    x = torch.randn(2, 3, 4)
+    calls = {
+        "begin_chunk": (*cache.accumulators, cache.num_frames, 2, None, cache._decay, *rope, *geometry, True),
+        "write": (*layer, cache.num_frames, k, v, *rope, *geometry),
+        "streaming_attention": (q, k, v, *layer, cache.num_frames, *rope, *geometry, 0.3),
+        "rotate": (q, torch.tensor([[5, 6]]), 0, 4, *rope[:2], False, False, torch.bfloat16),
+        "redmd_loss": (x, x + 1, x + 2, None, None, torch.ones(2), None, 3.0, 0.0, True),
+    }
+    from rfkernels.ops import _NATIVE_SCHEMAS
+
+    assert set(calls) == set(_NATIVE_SCHEMAS)
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.rfkernels_native, name).default, arguments)
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+
+    def forward(self, x, layer):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).unbind(2)
+        return x + self.out(rf.streaming_attention(q, k, v, layer).flatten(2))
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x, cache):
+        for index, block in enumerate(self.blocks):
+            x = block(x, cache[index])
+        return x
+
+
+@contextlib.contextmanager
+def count_compilations(inductor=False):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.testing.CompileCounterWithBackend("inductor" if inductor else "aot_eager")
+    torch._dynamo.reset()
+
+
+COMPILED = [("reference", False)] + [(name, True) for name in rf.available_backends() if name != "reference"]
+
+
+@pytest.mark.parametrize("name, inductor", COMPILED, ids=str)
+def test_a_compiled_model_streams_without_recompiling_or_copying(name, inductor, device):
+    """30 chunks of 3 passes, warm-up and wrap-around included: at most two compilations, the cache updated in place."""
+    torch.manual_seed(0)
+    model, eager, compiled = Model().to(device), make(device, 3, 1, chunks=0), make(device, 3, 1, chunks=0)
+    with rf.use_backend(name), count_compilations(inductor) as counter, torch.no_grad():
+        fast = torch.compile(model, fullgraph=True, backend=counter)
+        for _ in range(30):
+            eager.begin_chunk(2)
+            compiled.begin_chunk(2)
+            for _ in range(3):
+                x = torch.randn(1, 8, 16, device=device)
+                torch.testing.assert_close(fast(x, compiled), model(x, eager), rtol=1e-4, atol=1e-5)
+        assert counter.frame_count <= 2
+        missed = torch._dynamo.utils.counters["inductor"]
+        assert not any("possibly_missed" in name and count for name, count in missed.items()), dict(missed)
+    torch.testing.assert_close(compiled.k, eager.k)
+    assert compiled.k.data_ptr() == compiled[0].k.data_ptr()
+
+
+def test_inductor_allocates_nothing_as_large_as_the_cache(device, backend):
+    """The generated code updates the cache in place: no clone of it, hence no buffer of its size."""
+    model, cache = Model().to(device), make(device, 3, 1, chunks=20, window=30)
+    with count_compilations() as _, torch.no_grad():
+        fast = torch.compile(model, fullgraph=True)
+        _, codes = torch._inductor.utils.run_and_get_code(fast, torch.randn(1, 8, 16, device=device), cache)
+        (missed,) = [torch._dynamo.utils.counters["inductor"]]
+    buffers = re.findall(r"empty_strided\w*\(\(([\d, ]+)\)", "".join(codes))
+    sizes = [math.prod(int(n) for n in shape.split(",") if n.strip()) for shape in buffers]
+    assert "rfkernels.streaming_attention" in "".join(codes)
+    assert max(sizes, default=0) < cache.k[0].numel()
+    assert not any("possibly_missed" in name and count for name, count in missed.items())
+
+
+def test_a_compiled_block_serves_every_layer(device, backend):
+    """Compiled once by itself and called with cache[0], cache[1], ...: no recompilation from layer to layer."""
+    block, cache, other = Block().to(device), make(device, 3, 1, chunks=0), make(device, 3, 1, chunks=0)
+    with count_compilations() as counter, torch.no_grad():
+        fast = torch.compile(block, fullgraph=True, backend=counter)
+        for _ in range(5):
+            cache.begin_chunk(2)
+            other.begin_chunk(2)
+            for index in range(3):
+                x = torch.randn(1, 8, 16, device=device)
+                torch.testing.assert_close(fast(x, cache[index]), block(x, other[index]))
+        assert counter.frame_count <= 2
+    torch.testing.assert_close(cache.k, other.k)
+
+
+def test_a_compiled_training_step(device, backend):
+    """Contexts go into a compiled function; gradients come out of it."""
+
+    def step(x, weight, context):
+        q, k, v = (x @ weight).unflatten(-1, (3, 2, 8)).unbind(2)
+        return rf.chunk_attention(q, k, v, context).square().sum()
+
+    cache = make(device, batch=1, chunks=5)
+    weight = torch.randn(16, 48, device=device, requires_grad=True)
+    with count_compilations() as counter:
+        fast = torch.compile(step, fullgraph=True, backend=counter)
+        for _ in range(4):
+            cache.begin_chunk(2)
+            x, context = torch.randn(1, 8, 16, device=device), cache[0].context()
+            expected = torch.autograd.grad(step(x, weight, context), weight)
+            torch.testing.assert_close(torch.autograd.grad(fast(x, weight, context), weight), expected)
+            cache[0].write(*qkv(cache, 2)[1:])
+        assert counter.frame_count <= 2
+
+
+def test_sink_window_attention_compiles(device, backend):
+    rope = rf.Rope3D(8, 2, 2)
+    options = dict(sink_tokens=4, window_tokens=8, chunk_tokens=4, rope=rope)
+    with count_compilations() as counter:
+        fast = torch.compile(lambda *x: rf.sink_window_attention(*x, **options), fullgraph=True, backend=counter)
+        for _ in range(4):
+            q, k, v = (torch.randn(1, 24, 2, 8, device=device) for _ in range(3))
+            torch.testing.assert_close(fast(q, k, v), rf.sink_window_attention(q, k, v, **options))
+        assert counter.frame_count <= 2
+
+
+# --- no value read by the host ----------------------------------------------------------------------------------------
+
+
+class NoHostRead(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default or func is torch.ops.aten.nonzero.default:
+            raise AssertionError(f"{func} reads a device value back to the host")
+        return func(*args, **(kwargs or {}))
+
+
+def run_backend_functions(module, cache, backward=True):
+    """The functions of a backend below the op boundary, where outer modes and fake tensors do not see them."""
+    rope, geometry = cache.rope_tables, cache.geometry
+    q, k, v = qkv(cache, 2, heads=4)
+    some = torch.ones(2, dtype=torch.bool, device=cache.device)
+    for advancing in (None, some):
+        module.begin_chunk(cache.accumulators, cache.num_frames, 2, advancing, cache._decay, rope, geometry, True)
+    module.write(cache[0].tensors, cache.num_frames, k, v, rope, geometry)
+    for full in (False, True):
+        arguments = (cache[0].tensors, cache.num_frames, rope, geometry, 0.3, full, True)
+        module.streaming_attention(q, k, v, *arguments)
+        pages = [x.clone() for x in cache.k[0].unflatten(1, (-1, 4))[:, :3].flatten(0, 1)]
+        past = Past(pages, pages, cache.num_frames, full, cache.dtype)
+        out, lse = module.chunk_attention(q, k, v, past, rope, geometry, 0.3)
+        if backward:
+            module.chunk_attention_backward(out, lse, q, k, v, out, lse, past, rope, geometry, 0.3)
+    for mask in (WindowMask(4, 4, 4, 4, True), WindowMask(4, 8, 1, 1, True)):
+        out, lse = module.sink_window_attention(q, k, v, rope, mask, 0.3)
+        if backward:
+            module.sink_window_attention_backward(out, lse, q, k, v, out, lse, rope, mask, 0.3)
+    latents = [torch.randn(2, 6, device=cache.device) for _ in range(4)]
+    weight = torch.ones(2, device=cache.device)
+    module.redmd_loss(*latents, None, weight, latents[0] > 0, 3.0, 0.0, True)
+
+
+@pytest.fixture
+def device_path(monkeypatch):
+    """sdpa as it runs on other devices, on CPU tensors."""
+    monkeypatch.setattr(sdpa, "_lengths_are_readable", lambda x: False)
+    monkeypatch.setattr(native, "serves", lambda x: False)
+
+
+@pytest.mark.parametrize("name", [n for n in rf.available_backends() if n != "sdpa"] + ["sdpa"])
+def test_no_host_read_below_the_op_boundary(name, device_path, device):
+    cache = make(device)
+    with NoHostRead():
+        run_backend_functions(backends.get(name), cache)
+
+
+@pytest.mark.parametrize("name", rf.available_backends())
+def test_no_host_read_on_fake_cuda_tensors(name):
+    """Fake tensors have no values: any read, also one that a dispatch mode on the CPU would miss, raises."""
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        cache = make("cuda", chunks=0)
+        cache.open_frames = 2
+        # The reference differentiates by autograd, whose engine wants a real device.
+        run_backend_functions(backends.get(name), cache, backward=name != "reference")
+
+
+def test_a_planted_host_read_is_caught(device_path, device, monkeypatch):
+    cache = make(device)
+    honest = sdpa.write
+
+    def dishonest(*arguments):
+        arguments[1].max().item()
+        honest(*arguments)
+
+    monkeypatch.setattr(sdpa, "write", dishonest)
+    with NoHostRead(), pytest.raises(AssertionError, match="reads a device value"):
+        run_backend_functions(sdpa, cache)
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 5])
+def test_sdpa_on_other_devices_equals_the_reference(chunks, device_path, device):
+    """The masked path, forward and backward, with streams of different ages."""
+    results = []
+    for name in ("sdpa", "reference"):
+        torch.manual_seed(0)
+        cache = make(device, dtype=torch.float64, chunks=chunks)
+        with rf.use_backend(name):
+            cache.begin_chunk(2, samples=[1])
+            q, k, v = qkv(cache, 2, grad=True, heads=4)
+            context = cache[0].context()
+            out, lse = rf.chunk_attention(q, k, v, context, return_lse=True)
+            grads = torch.autograd.grad(out.sin().sum() + lse[lse.isfinite()].sum(), (q, k, v))
+            with torch.no_grad():
+                streamed = rf.streaming_attention(q, k, v, cache[0], return_lse=True)
+            window = rf.sink_window_attention(q, k, v, sink_tokens=1, window_tokens=3, chunk_tokens=2)
+            results.append([out, lse, *grads, *streamed, window, cache.k, cache.sink_v])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+# --- backends ---------------------------------------------------------------------------------------------------------
+
+
+def test_backends_explain_themselves():
+    rows = rf.explain_backends("cpu")
+    assert set(rf.available_backends("cpu")) <= set(rows) and rows["auto"].startswith("on cpu: sdpa")
+    assert "order not measured" in rf.explain_backends("cuda")["auto"]
+
+
+def test_use_backend_nests_and_restores():
+    assert backends.resolve(torch.device("cpu")) == "sdpa"
+    with rf.use_backend("reference"):
+        with rf.use_backend("auto"):
+            assert backends.resolve(torch.device("cpu")) == "sdpa"
+        assert backends.resolve(torch.device("cpu")) == "reference"
+    with pytest.raises(RuntimeError, match="inside"), rf.use_backend("reference"):
+        raise RuntimeError("inside")
+    assert backends.resolve(torch.device("cpu")) == "sdpa"
+
+
+def test_backward_uses_the_backend_of_the_forward(device, monkeypatch):
+    called = []
+    original = backends.reference.chunk_attention_backward
+    monkeypatch.setattr(backends.reference, "chunk_attention_backward", lambda *a: called.append(1) or original(*a))
+    cache = make(device)
+    q, k, v = qkv(cache, 2, grad=True)
+    with rf.use_backend("reference"):
+        out = rf.chunk_attention(q, k, v, cache[0].context())
+    out.sum().backward()
+    assert called
