@@ -252,7 +252,7 @@ std::tuple<Tensor, Tensor> redmd_loss(Tensor x, Tensor fake, Tensor real_cond, O
   if (mask) {
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->is_contiguous() && mask->numel() == x.numel(),
                     "mask must be contiguous bool of x's shape");
-    args.mask = mask->const_data_ptr<bool>();
+    args.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
   }
   args.guidance_scale = guidance_scale;
   args.fake_guidance_scale = fake_guidance_scale;

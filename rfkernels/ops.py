@@ -232,6 +232,7 @@ def _redmd_setup(ctx, inputs, output):
     ctx.count = len(inputs)
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no latent of zeros for the second output
 
 
 def _redmd_backward(ctx, grad_loss, _):

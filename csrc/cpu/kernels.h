@@ -75,8 +75,8 @@ struct LatentView {
 // weight, loss and the arithmetic are float32 (float64 where x is float64).
 struct ReDMDLoss {
   LatentView x, fake, real_cond, real_uncond, fake_uncond;
-  const bool* mask;    // [batch, elements] or nullptr
-  const void* weight;  // [batch]
+  const uint8_t* mask;  // [batch, elements] of 0 and 1, or nullptr
+  const void* weight;   // [batch]
   int64_t batch, elements;
   double guidance_scale, fake_guidance_scale;
   char* grad;  // [batch, elements] in x's dtype, or nullptr: the loss alone

@@ -11,7 +11,7 @@
 namespace rfkernels::cpu {
 namespace {
 
-constexpr int64_t kBlock = 2048;  // elements; five float rows of it stay in the L1/L2 cache
+constexpr int64_t kBlock = 1024;  // elements: the rows of a block stay in the L1 cache between its short loops
 constexpr int64_t kLanes = 16;    // independent partial sums, so that the loop vectorizes
 
 // Up to five rows of one block, converted to Acc only where they are not Acc already.
@@ -35,10 +35,10 @@ RF_INLINE double sum_block(int64_t n, Value value) {
   return std::accumulate(lanes, lanes + kLanes, 0.0);
 }
 
-// cond + scale * (cond - uncond); `uncond` may be absent.
+// cond + scale * (cond - uncond); without guidance `uncond` is `cond`.
 template <class Acc>
 RF_INLINE Acc guided(const Acc* cond, const Acc* uncond, Acc scale, int64_t i) {
-  return uncond == nullptr ? cond[i] : cond[i] + scale * (cond[i] - uncond[i]);
+  return cond[i] + scale * (cond[i] - uncond[i]);
 }
 
 template <class Acc>
@@ -46,37 +46,38 @@ RF_INLINE double distance_block(const ReDMDLoss& a, int64_t start, int64_t n, Bl
   const Acc scale = Acc(a.guidance_scale);
   const Acc* x = block.load(0, a.x, start, n);
   const Acc* cond = block.load(1, a.real_cond, start, n);
-  if (a.real_uncond.data == nullptr) return sum_block<Acc>(n, [=](int64_t i) { return std::abs(x[i] - cond[i]); });
-  const Acc* uncond = block.load(2, a.real_uncond, start, n);
+  const Acc* uncond = a.real_uncond.data == nullptr ? cond : block.load(2, a.real_uncond, start, n);
   return sum_block<Acc>(n, [=](int64_t i) { return std::abs(x[i] - guided(cond, uncond, scale, i)); });
 }
 
 // Returns the sum of grad**2 inside the mask; writes factor * grad.
 template <class Acc>
 RF_INLINE double gradient_block(const ReDMDLoss& a, int64_t start, int64_t n, Acc norm, Acc factor, Block<Acc>& block) {
-  const Acc scale = Acc(a.guidance_scale), fake_scale = Acc(a.fake_guidance_scale);
+  const Acc scale = Acc(a.guidance_scale), fake_scale = Acc(a.fake_guidance_scale), inverse = Acc(1) / norm;
   const Acc* fake = block.load(0, a.fake, start, n);
   const Acc* cond = block.load(1, a.real_cond, start, n);
-  const Acc* uncond = a.real_uncond.data == nullptr ? nullptr : block.load(2, a.real_uncond, start, n);
-  const Acc* fake_uncond = a.fake_uncond.data == nullptr ? nullptr : block.load(3, a.fake_uncond, start, n);
-  const bool* mask = a.mask == nullptr ? nullptr : a.mask + start;
-  Acc* grad = block.out;
-  for (int64_t i = 0; i < n; ++i) grad[i] = guided(fake, fake_uncond, fake_scale, i);
-  for (int64_t i = 0; i < n; ++i) grad[i] = (grad[i] - guided(cond, uncond, scale, i)) / norm;
-  for (int64_t i = 0; i < n; ++i) grad[i] = std::abs(grad[i]) <= std::numeric_limits<Acc>::max() ? grad[i] : Acc(0);
-  if (mask != nullptr)
-    for (int64_t i = 0; i < n; ++i) grad[i] = mask[i] ? grad[i] : Acc(0);
+  const Acc* uncond = a.real_uncond.data == nullptr ? cond : block.load(2, a.real_uncond, start, n);
+  const Acc* fake_uncond = a.fake_uncond.data == nullptr ? fake : block.load(3, a.fake_uncond, start, n);
+  char* target = a.grad == nullptr ? nullptr : a.grad + start * item_size(a.x.dtype);
+  const bool direct = target != nullptr && a.x.dtype == accumulator_dtype<Acc>();
+  Acc* __restrict__ grad = direct ? reinterpret_cast<Acc*>(target) : block.out;
+  for (int64_t i = 0; i < n; ++i) {
+    const Acc g = (guided(fake, fake_uncond, fake_scale, i) - guided(cond, uncond, scale, i)) * inverse;
+    grad[i] = std::abs(g) <= std::numeric_limits<Acc>::max() ? g : Acc(0);
+  }
+  if (a.mask != nullptr)
+    for (int64_t i = 0; i < n; ++i) grad[i] *= Acc(a.mask[start + i]);
   const double sum = sum_block<Acc>(n, [=](int64_t i) { return grad[i] * grad[i]; });
-  if (a.grad != nullptr) {
+  if (target != nullptr) {
     for (int64_t i = 0; i < n; ++i) grad[i] *= factor;
-    store_row(grad, a.x.dtype, n, a.grad + start * item_size(a.x.dtype));
+    if (!direct) store_row(grad, a.x.dtype, n, target);
   }
   return sum;
 }
 
-RF_INLINE int64_t count_block(const bool* mask, int64_t n) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += mask[i] ? 1 : 0;
+RF_INLINE int64_t count_block(const uint8_t* mask, int64_t n) {
+  int32_t count = 0;  // n is at most kBlock: the narrow sum vectorizes
+  for (int64_t i = 0; i < n; ++i) count += mask[i];
   return count;
 }
 
@@ -95,7 +96,7 @@ RF_VECTORIZED double gradient(const ReDMDLoss& a, int64_t start, int64_t n, doub
                               Block<double>& block) {
   return gradient_block(a, start, n, norm, factor, block);
 }
-RF_VECTORIZED int64_t count_true(const bool* mask, int64_t n) { return count_block(mask, n); }
+RF_VECTORIZED int64_t count_true(const uint8_t* mask, int64_t n) { return count_block(mask, n); }
 
 template <class Acc>
 void run(const ReDMDLoss& a) {
