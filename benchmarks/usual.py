@@ -51,7 +51,7 @@ def rotate(x, phases):
 
 
 def published_loss(x, fake, cond, uncond, weight, guidance, mask=None):
-    """Re-DMD as eager code has it: float64 mean-squared error against a detached target, boolean indexing for a mask."""
+    """Re-DMD as eager code has it: float64 mse_loss against a detached target, boolean indexing for a mask."""
     with torch.no_grad():
         real = cond + guidance * (cond - uncond)
         grad = (fake - real) / (x - real).abs().mean(dim=[1, 2, 3, 4], keepdim=True)
