@@ -59,7 +59,9 @@ class CMakeBuild(build_ext):
     def copy_extensions_to_source(self):  # in-place and editable builds
         super().copy_extensions_to_source()
         for library in (Path(self.build_lib) / "rfkernels").glob("rfkernels_kernels.*"):
-            shutil.copy2(library, ROOT / "rfkernels")
+            # Renamed into place: a process that has the old file loaded keeps it.
+            fresh = shutil.copy2(library, ROOT / "rfkernels" / (library.name + ".new"))
+            os.replace(fresh, ROOT / "rfkernels" / library.name)
 
     def build_extension(self, ext):
         folder, version = find_torch()

@@ -11,7 +11,7 @@ from statistics import median
 
 
 def keep_memory() -> None:
-    """Lets glibc keep freed memory. Else every large result costs page faults, or not, by chance of the heap's top."""
+    """Lets glibc keep freed memory: without page faults for large temporaries, as another allocator might do it."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         m_trim_threshold, m_mmap_threshold = -1, -3

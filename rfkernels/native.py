@@ -9,10 +9,15 @@ import torch
 OLDEST_TORCH = (2, 13)  # whose stable ABI the kernels are built for
 
 
+def torch_version() -> tuple[int, int]:
+    """Major and minor version of the torch that runs."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def _load() -> str | None:
     """Loads the kernel library; returns why it could not."""
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < OLDEST_TORCH:
+    if torch_version() < OLDEST_TORCH:
         return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}, which they need"
     libraries = sorted(Path(__file__).parent.glob("rfkernels_kernels.*"))
     if not libraries:
