@@ -138,9 +138,9 @@ class EMASinkCache:
         if fuse != "slot":
             raise ValueError(f'fuse must be "slot", got {fuse!r}')
         checks.rope(rope, self.head_dim, self.geometry.frame_tokens)
-        self.alpha = _alphas(alpha, self.num_kv_heads)
+        self.alpha = checks.alphas(alpha, self.num_kv_heads)
         self.rope, self.sink_positions, self.dtype, self.fuse = rope, sink_positions, dtype, fuse
-        self.sink_dtype = _accumulator(dtype, sink_dtype)
+        self.sink_dtype = checks.accumulator(dtype, sink_dtype)
         self.device = torch.empty(0, device=device).device  # "cuda" -> "cuda:0"
         self._allocate()
         self._layers = [CacheLayer(self, index) for index in range(self.num_layers)]
@@ -444,23 +444,3 @@ class EMASinkCache:
             f"{g.sink_frames} sink + {g.window_frames} window frames of {g.frame_tokens} tokens, {self.dtype}, "
             f"{self.device}, {self.nbytes / 2**20:.1f} MiB)"
         )
-
-
-def _alphas(alpha: float | Sequence[float] | torch.Tensor, heads: int) -> tuple[float, ...]:
-    if isinstance(alpha, torch.Tensor):
-        alpha = alpha.tolist()
-    values = tuple(float(a) for a in alpha) if isinstance(alpha, Iterable) else (float(alpha),) * heads
-    if len(values) != heads:
-        raise ValueError(f"alpha must be one number or one for each of {heads} KV heads, got {len(values)}")
-    if not all(0.0 <= a <= 1.0 for a in values):
-        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
-    return values
-
-
-def _accumulator(dtype: torch.dtype, sink_dtype: torch.dtype | None) -> torch.dtype:
-    allowed = {accumulate_dtype(dtype), dtype}
-    if sink_dtype is None:
-        return accumulate_dtype(dtype)
-    if sink_dtype not in allowed:
-        raise ValueError(f"sink_dtype must be None or one of {sorted(map(str, allowed))}, got {sink_dtype}")
-    return sink_dtype

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from .arguments import accumulate_dtype
 from .geometry import CacheGeometry
 from .rope import Rope3D
 
@@ -87,3 +89,25 @@ def rope(value: Rope3D | None, head_dim: int, frame_tokens: int | None = None) -
     if frame_tokens is not None and value.frame_tokens not in (None, frame_tokens):
         size = f"height * width = {value.height} * {value.width}"
         raise ValueError(f"rope must cover frame_tokens={frame_tokens}, got {size}")
+
+
+def alphas(alpha: float | Sequence[float] | torch.Tensor, heads: int) -> tuple[float, ...]:
+    """alpha of each KV head."""
+    if isinstance(alpha, torch.Tensor):
+        alpha = alpha.tolist()
+    values = tuple(float(a) for a in alpha) if isinstance(alpha, Iterable) else (float(alpha),) * heads
+    if len(values) != heads:
+        raise ValueError(f"alpha must be one number or one for each of {heads} KV heads, got {len(values)}")
+    if not all(0.0 <= a <= 1.0 for a in values):
+        raise ValueError(f"alpha must be in [0, 1], got {alpha}")
+    return values
+
+
+def accumulator(dtype: torch.dtype, sink_dtype: torch.dtype | None) -> torch.dtype:
+    """The precision in which a sink of a cache of ``dtype`` is averaged."""
+    allowed = {accumulate_dtype(dtype), dtype}
+    if sink_dtype is None:
+        return accumulate_dtype(dtype)
+    if sink_dtype not in allowed:
+        raise ValueError(f"sink_dtype must be None or one of {sorted(map(str, allowed))}, got {sink_dtype}")
+    return sink_dtype

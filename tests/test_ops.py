@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rfkernels as rf
 from rfkernels import backends, native
 from rfkernels.arguments import Past
-from rfkernels.backends import sdpa
+from rfkernels.backends import dense, sdpa
 from rfkernels.geometry import WindowMask
 
 ops = torch.ops.rfkernels
@@ -255,7 +255,7 @@ def run_backend_functions(module, cache, backward=True):
 @pytest.fixture
 def device_path(monkeypatch):
     """sdpa as it runs on other devices, on CPU tensors."""
-    monkeypatch.setattr(sdpa, "_lengths_are_readable", lambda x: False)
+    monkeypatch.setattr(dense, "on_cpu", lambda x: False)
     monkeypatch.setattr(native, "serves", lambda x: False)
 
 

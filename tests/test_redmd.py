@@ -156,3 +156,17 @@ def test_bad_input(changes, error, message):
 
 def test_losses_are_public():
     assert rf.losses.ReDMDLoss is ReDMDLoss
+
+
+def test_extra_memory_is_at_most_two_latents():
+    """What the allocator hands out at once during forward and backward: the gradient, and it times the incoming one."""
+    x, fake, cond, uncond, _ = latents(torch.float32, shape=(1, 21, 16, 20, 26))
+    weight, mask = torch.ones(1), torch.rand(x.shape) > 0.5
+    with torch.profiler.profile(profile_memory=True) as profile:
+        redmd_loss(x, fake, cond, uncond, weight, mask=mask).backward()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert x.nbytes <= peak <= 2 * x.nbytes + 4096

@@ -11,15 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from .. import native, reference
 from ..arguments import CacheTensors, Past, accumulate_dtype, open_frames
 from ..geometry import CacheGeometry, WindowMask
 from ..rope import RopeTables
+from . import dense
 
 _native = torch.ops.rfkernels_native
-_SCORES_IN_FLIGHT = 1 << 23  # float32 scores that a backward block may hold: 32 MB
 _MASKED_QUERIES = 128  # queries a masked block holds: a mask this tall costs little beside its scores
 
 
@@ -99,153 +98,12 @@ def redmd_loss(
     return _native.redmd_loss(*latents, weight.contiguous(), mask, guidance_scale, fake_guidance_scale, need_grad)
 
 
-def _lengths_are_readable(x: torch.Tensor) -> bool:
-    """On the CPU reading a length is no synchronisation, and torch's flash kernel for CPUs is there."""
-    return x.device.type == "cpu"
-
-
 def _tables(rope: RopeTables | None) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
     return (None, None, False) if rope is None else rope
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-# --- dense attention, the one primitive -------------------------------------------------------------------------------
-
-
-def dense(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    visible: torch.Tensor | None = None,
-    return_lse: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q ``[B, N_q, H_q, D]`` over k, v ``[B, N_k, H_kv, D]`` of one dtype; visible: bool ``[B or 1, N_q or 1, N_k]``.
-
-    Returns out in that dtype and lse (empty unless return_lse). A query that sees nothing gets zeros and -inf.
-    """
-    batch, queries, heads, _ = q.shape
-    if k.shape[1] == 0 or queries == 0:
-        return torch.zeros_like(q), q.new_full((batch, heads, queries), -torch.inf, dtype=accumulate_dtype(q.dtype))
-    bias = None
-    if visible is not None:
-        bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)[:, None]
-    if _lengths_are_readable(q):
-        out, lse = _dense_cpu(q, k, v, scale, bias)
-    else:
-        q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
-        grouped = heads != k.shape[2]
-        out = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=bias, scale=scale, enable_gqa=grouped)
-        out = out.transpose(1, 2)
-        lse = _normaliser(q, k, scale, visible) if return_lse else q.new_empty(0, dtype=accumulate_dtype(q.dtype))
-    if visible is not None:
-        empty = ~visible.any(-1)
-        out = torch.where(empty[:, :, None, None], 0, out)
-        lse = torch.where(empty[:, None], -torch.inf, lse) if return_lse else lse
-    return out.contiguous(), lse.contiguous()
-
-
-def _dense_cpu(q, k, v, scale, bias):
-    """torch's flash kernel for CPUs, which also returns the normaliser and takes any strides."""
-    group = q.shape[2] // k.shape[2]
-    if group == 1:
-        out, lse = _flash(*(x.transpose(1, 2) for x in (q, k, v)), scale, bias)
-        return out.transpose(1, 2), lse
-    # Grouped heads: H_kv stands in for the batch, and the group's queries share its keys through a stride of zero.
-    outs, lses = [], []
-    for sample in range(len(q)):
-        queries = q[sample].unflatten(1, (k.shape[2], group)).permute(1, 2, 0, 3)
-        keys, values = (x[sample].transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))
-        own = None if bias is None else bias[sample if len(bias) > 1 else 0]
-        out, lse = _flash(queries, keys, values, scale, own)
-        outs.append(out.permute(2, 0, 1, 3).flatten(1, 2))
-        lses.append(lse.flatten(0, 1))
-    return torch.stack(outs), torch.stack(lses)
-
-
-def _flash(q, k, v, scale, bias):
-    if bias is not None:
-        bias = bias.expand(*bias.shape[:-2], q.shape[-2], -1)
-        bias = bias if bias.dim() == 4 else bias[None]
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
-
-
-def _score_blocks(q: torch.Tensor, k: torch.Tensor, scale: float, visible: torch.Tensor | None) -> Iterator[tuple]:
-    """(sample, queries, scores) blocks with float32 (float64) scores ``[H_kv, G * rows, N_k]``."""
-    precision = accumulate_dtype(q.dtype)
-    rows = max(1, _SCORES_IN_FLIGHT // max(1, q.shape[2] * k.shape[1]))
-    for sample in range(len(q)):
-        keys = k[sample].to(precision).permute(1, 2, 0)
-        for start in range(0, q.shape[1], rows):
-            block = slice(start, min(start + rows, q.shape[1]))
-            scores = _by_group(q[sample, block].to(precision), k.shape[2]) @ keys * scale
-            if visible is not None:
-                own = visible.expand(len(q), q.shape[1], -1)[sample, block]
-                scores.unflatten(1, (-1, own.shape[0])).masked_fill_(~own, -torch.inf)
-            yield sample, block, scores
-
-
-def _by_group(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """``[N, H_q, D] -> [H_kv, G * N, D]``."""
-    return x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
-
-
-def _from_group(x: torch.Tensor, rows: int) -> torch.Tensor:
-    """``[H_kv, G * N, D] -> [N, H_q, D]``."""
-    return x.unflatten(1, (-1, rows)).permute(2, 0, 1, 3).flatten(1, 2)
-
-
-def _normaliser(q, k, scale, visible):
-    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulate_dtype(q.dtype))
-    for sample, block, scores in _score_blocks(q, k, scale, visible):
-        lse[sample, :, block] = scores.logsumexp(-1).unflatten(1, (-1, block.stop - block.start)).flatten(0, 1)
-    return lse
-
-
-def dense_backward(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-    visible: torch.Tensor | None = None,
-    grad_keys: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `dense`, recomputed block by block from lse, in float32 (float64).
-
-    out and lse may belong to a larger set of keys of which k, v are a part; then this is that part's share. Only the
-    first ``grad_keys`` keys get a gradient (default: all).
-    """
-    precision, kv_heads = accumulate_dtype(q.dtype), k.shape[2]
-    grad_keys = k.shape[1] if grad_keys is None else grad_keys
-    grad_q = torch.empty(q.shape, dtype=precision, device=q.device)
-    grad_k = torch.zeros(len(k), grad_keys, *k.shape[2:], dtype=precision, device=q.device)
-    grad_v = torch.zeros_like(grad_k)
-    for sample, block, scores in _score_blocks(q, k, scale, visible):
-        rows = block.stop - block.start
-
-        def part(x, sample=sample, block=block):
-            return _by_group(x[sample, block].to(precision), kv_heads)
-
-        q_, out_, grad_out_ = part(q), part(out), part(grad_out)
-        lse_, grad_lse_ = (
-            x[sample, :, block].unflatten(0, (kv_heads, -1)).flatten(1, 2)[..., None].to(precision)
-            for x in (lse, grad_lse)
-        )
-        # An empty row has lse = -inf and no visible key: its weights are zero.
-        weights = scores.sub_(torch.where(lse_ == -torch.inf, torch.inf, lse_)).exp_()
-        delta = (grad_out_ * out_).sum(-1, keepdim=True) - grad_lse_
-        grad_v[sample] += (weights[..., :grad_keys].mT @ grad_out_).transpose(0, 1)
-        grad_scores = (grad_out_ @ v[sample].to(precision).permute(1, 2, 0)).sub_(delta).mul_(weights).mul_(scale)
-        grad_q[sample, block] = _from_group(grad_scores @ k[sample].to(precision).transpose(0, 1), rows)
-        grad_k[sample] += (grad_scores[..., :grad_keys].mT @ q_).transpose(0, 1)
-    return grad_q, grad_k, grad_v
 
 
 # --- the open chunk ---------------------------------------------------------------------------------------------------
@@ -281,28 +139,28 @@ def streaming_attention(q, new_k, new_v, cache, num_frames, rope, geometry, scal
     write(cache, num_frames, new_k, new_v, rope, geometry)
     frames = open_frames(num_frames, q.shape[1] // geometry.frame_tokens)
     q = rotate(q, frames, rope, dtype=k.dtype)
-    if not _lengths_are_readable(k):
+    if not dense.on_cpu(k):
         return _attend_masked(q, k, v, num_frames, frames, geometry, scale, full, return_lse)
     groups = _same_age(num_frames, frames.shape[1], geometry)
     if len(groups) == 1 and groups[0].missing_tokens == 0:
         tokens = groups[0].valid_frames * geometry.frame_tokens
-        return dense(q, k[:, :tokens], v[:, :tokens], scale)
+        return dense.attend(q, k[:, :tokens], v[:, :tokens], scale)
     out, lse = _empty_rows(q)
     for group in groups:
         rows, tokens = slice(group.missing_tokens, None), group.valid_frames * geometry.frame_tokens
         parts = (q[group.samples, rows], k[group.samples, :tokens], v[group.samples, :tokens])
-        out[group.samples, rows], lse[group.samples, :, rows] = dense(*parts, scale)
+        out[group.samples, rows], lse[group.samples, :, rows] = dense.attend(*parts, scale)
     return out, lse
 
 
 def _attend_masked(q, k, v, num_frames, frames, geometry, scale, full, return_lse):
     """Without reading a length: the whole buffer, under a mask until every stream has filled it."""
     if full:
-        return dense(q, k, v, scale, return_lse=return_lse)
+        return dense.attend(q, k, v, scale, return_lse=return_lse)
     keys = torch.arange(k.shape[1], device=k.device)
     seen = keys < geometry.valid_frames(num_frames)[:, None] * geometry.frame_tokens
     present = (frames >= 0).repeat_interleave(geometry.frame_tokens, 1)
-    return dense(q, k, v, scale, present[:, :, None] & seen[:, None, :], return_lse)
+    return dense.attend(q, k, v, scale, present[:, :, None] & seen[:, None, :], return_lse)
 
 
 def _empty_rows(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -325,7 +183,7 @@ def _chunk_parts(k: torch.Tensor, v: torch.Tensor, past: Past, geometry: CacheGe
     """k (rotated) and v: the chunk's own. Past frames are joined to them for as long as the call lasts."""
     batch, own = k.shape[:2]
     frames, stored = own // geometry.frame_tokens, len(past.k) // batch
-    if _lengths_are_readable(k):
+    if dense.on_cpu(k):
         for group in _same_age(past.num_frames, frames, geometry):
             rows = slice(group.missing_tokens, None)
             count = max(0, group.valid_frames - frames)
@@ -357,7 +215,7 @@ def chunk_attention(q, k, v, past, rope, geometry, scale):
     out, lse = _empty_rows(q)
     for part in _chunk_parts(k, reference.store(v, past.dtype), past, geometry):
         queries = q[part.samples, part.rows]
-        out[part.samples, part.rows], lse[part.samples, :, part.rows] = dense(
+        out[part.samples, part.rows], lse[part.samples, :, part.rows] = dense.attend(
             queries, part.k, part.v, scale, part.visible
         )
     return out, lse
@@ -371,7 +229,7 @@ def chunk_attention_backward(grad_out, grad_lse, q, k, v, out, lse, past, rope, 
     for part in _chunk_parts(rotated_k, reference.store(v, past.dtype), past, geometry):
         at, rows = part.samples, part.rows
         own = k[at, rows].shape[1]
-        shares = dense_backward(
+        shares = dense.backward(
             grad_out[at, rows], grad_lse[at, :, rows], rotated_q[at, rows], part.k, part.v, out[at, rows],
             lse[at, :, rows], scale, part.visible, own,
         )  # fmt: skip
@@ -469,7 +327,7 @@ def sink_window_attention(q, k, v, rope, mask, scale):
         merged = None
         for part in parts:
             queries = (q_sink if part.sink else q_window)[:, part.rows]
-            result = dense(queries, k[:, part.keys], v[:, part.keys], scale, part.visible)
+            result = dense.attend(queries, k[:, part.keys], v[:, part.keys], scale, part.visible)
             merged = result if merged is None else reference.merge_attention(*merged, *result)
         if merged is not None:
             out[:, parts[0].rows], lse[:, :, parts[0].rows] = merged
@@ -490,7 +348,7 @@ def sink_window_attention_backward(grad_out, grad_lse, q, k, v, out, lse, rope, 
                 q_sink if part.sink else q_window,
                 grad_sink if part.sink else grad_window,
             )
-            share_q, share_k, share_v = dense_backward(
+            share_q, share_k, share_v = dense.backward(
                 grad_out[:, at], grad_lse[:, :, at], queries[:, at], rotated_k[:, part.keys], v[:, part.keys],
                 out[:, at], lse[:, :, at], scale, part.visible,
             )  # fmt: skip
