@@ -5,7 +5,7 @@ import torch
 
 import rfkernels as rf
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # small operations: threads would mostly wait for each other on a busy machine
 
 
 @pytest.fixture(scope="session")

@@ -354,3 +354,22 @@ def test_reopening_the_window_recomputes_it(device, backend):
     one[0].write(*new)
     for a, b in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
         assert a[0] == b[0] and (torch.equal(a[1], b[1]) if isinstance(a[1], torch.Tensor) else a[1] == b[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_number_of_threads_does_not_change_the_cache(dtype):
+    """Sizes that the compiled loops split among threads; every entry is written by exactly one of them."""
+    caches, threads = [], torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        case = Case(2, 3, (8, 8), 2, 2, 2, 1, 64, (0.9, 0.9), False, False, True, ())
+        pair = Pair(case, dtype, torch.device("cpu"), seed=4)
+        for samples in (None, None, {0}, None, None):
+            pair.cache.begin_chunk(2, samples=samples)
+            for layer in pair.cache:
+                q, k, v = (pair.draw(128, 2) for _ in range(3))
+                rf.streaming_attention(q, k, v, layer)
+        caches.append(pair.cache)
+    torch.set_num_threads(threads)
+    for name in ("k", "v", "sink_k", "sink_v"):
+        assert torch.equal(getattr(caches[0], name), getattr(caches[1], name))
