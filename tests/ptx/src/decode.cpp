@@ -10,7 +10,9 @@ Type parse_type(const std::string& name) {
   if (name == "bf16" || name == "bf16x2") return {'n', 16, name.size() > 4};
   if (name.size() < 2 || !std::strchr("usbf", name[0]) || name.find_first_not_of("0123456789", 1) != std::string::npos)
     return {};
-  return {name[0], std::atoi(name.c_str() + 1)};
+  const int bits = std::atoi(name.c_str() + 1);
+  const bool exists = bits == 32 || bits == 64 || (name[0] != 'f' && (bits == 8 || bits == 16));
+  return exists ? Type{name[0], bits} : Type{};
 }
 
 Decoder::Decoder(const Module& module, const Entry& entry, Program& program, std::map<std::string, uint64_t> globals)

@@ -91,7 +91,7 @@ class BlockRun {
       w.wgmma_committed.clear();
       w.wgmma_open = WgmmaGroup();
       w.busy.assign(size_t(program_.registers), 0);
-      w.dirty.assign(size_t(program_.registers), 0);
+      w.dirty.assign(size_t(program_.registers), 1);  // the first wgmma needs a fence before it
       w.busy_count = 0;
       for (const auto& [slot, name] : program_.specials)
         for (int l = 0; l < kLanes; ++l) w.lanes(slot)[l] = special(w, name, l);
@@ -153,10 +153,10 @@ class BlockRun {
     for (size_t k = 0; k < groups.size(); ++k)
       if (groups[k].state == Group::Ready && (best == groups.size() || groups[k].pc < groups[best].pc)) best = k;
     if (best == groups.size()) diverged(w);
-    // Lanes that spin must not starve the lanes they wait for.
-    if (groups.size() > 1 && ++w.steps_with_many_groups % 65536 == 0) {
+    // Lanes that spin must not starve the lanes they wait for: now and then the highest counter has its turn.
+    if (groups.size() > 1 && ++w.steps_with_many_groups % 4096 >= 4096 - 64) {
       for (size_t k = 0; k < groups.size(); ++k)
-        if (groups[k].state == Group::Ready && k != best) best = k;
+        if (groups[k].state == Group::Ready && groups[k].pc > groups[best].pc) best = k;
     }
     w.current = best;
   }
@@ -240,8 +240,10 @@ class BlockRun {
         i.run(w, i, lanes);
       }
     }
-    if (program_.uses_wgmma && i.statement->opcode != "wgmma")
+    if (program_.uses_wgmma && i.statement->opcode != "wgmma") {  // reads too: wgmma.fence orders every access
+      for (const int slot : i.source) w.dirty[size_t(slot)] = 1;
       for (const int slot : i.destination) w.dirty[size_t(slot)] = 1;
+    }
     if (!w.group().mask) return leave(w);
     return w.groups[0].state != Group::Waiting;
   }

@@ -117,7 +117,7 @@ struct Warp {
   std::vector<CopyGroups> copies;  // per lane
   std::vector<WgmmaGroup> wgmma_committed;
   WgmmaGroup wgmma_open;
-  std::vector<uint8_t> busy, dirty;  // registers in flight; written since the last wgmma.fence
+  std::vector<uint8_t> busy, dirty;  // registers in flight; accessed since the last wgmma.fence
   int busy_count = 0;
 
   uint64_t* lanes(int slot) { return registers.data() + size_t(slot) * kLanes; }

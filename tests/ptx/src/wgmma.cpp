@@ -85,7 +85,7 @@ void multiply(Warp& w, const Instruction& i, Mask) {
 
   const auto check_clean = [&](int slot) {
     if (w.dirty[size_t(slot)])
-      fail(w, i, "wgmma-fence", "a register of wgmma was written with no wgmma.fence after it");
+      fail(w, i, "wgmma-fence", "a register of wgmma was accessed with no wgmma.fence after it");
   };
   for (const int slot : i.destination) check_clean(slot);
 

@@ -81,3 +81,21 @@ def compile_ptx(kernel, signature: dict, constants: dict, capability: int, **opt
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(full) if str(full[name]).startswith("*")}
     source = ASTSource(kernel, full, constexprs, attrs)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+TYPES = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
+
+
+def matmul(dtype: str, capability: int, accumulator=tl.float32, **options):
+    """matmul_kernel with tiles of 64 x 64 x 32; arguments a, b, c, M, N, K, strides of a, strides of b, row stride of c."""
+    signature = dict.fromkeys(("a", "b", "c"), TYPES[dtype])
+    signature |= dict.fromkeys(("M", "N", "K", "sam", "sak", "sbk", "sbn", "scm"), "i32")
+    constants = {"BM": 64, "BN": 64, "BK": 32, "ACC": accumulator}
+    return compile_ptx(matmul_kernel, signature, constants, capability, **options)
+
+
+def attention(dtype: str, capability: int, num_warps: int = 4):
+    signature = dict.fromkeys(("q", "k", "v", "out"), TYPES[dtype])
+    signature |= {"lse": "*fp32", "scale": "fp32", "n_q": "i32", "n_k": "i32"}
+    constants = {"BM": 128, "BN": 64, "D": 128}
+    return compile_ptx(attention_kernel, signature, constants, capability, num_warps=num_warps, num_stages=3)
