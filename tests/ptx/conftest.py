@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-
 from ptx import emulator
 from ptx.compile import find_nvcc, nvcc_ptx
 

@@ -18,6 +18,7 @@ SOURCES = Path(__file__).parent / "src"
 BUILD = Path(__file__).parents[2] / "build" / "ptx_emulator"
 # No contraction to fma: PTX says where a product is rounded. Two's complement, and rounding modes that change.
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fwrapv", "-ffp-contract=off", "-frounding-math", "-fvisibility=hidden"]
+FLAGS += ["-ftree-vectorize", "-fvect-cost-model=dynamic"]  # for the loops of the tensor cores
 
 
 class PTXError(Exception):
@@ -77,7 +78,10 @@ class Result:
 
 
 def _compiler() -> str | None:
-    return next((found for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name and (found := shutil.which(name))), None)
+    return next(
+        (found for name in (os.environ.get("CXX"), "g++", "c++", "clang++") if name and (found := shutil.which(name))),
+        None,
+    )
 
 
 def unavailable() -> str | None:
@@ -199,6 +203,8 @@ class Module:
         unknown = set(poison) - {*args, *(tensors or {})}
         if unknown:
             raise ValueError(f"no such tensor to poison: {unknown}")
+        if entry not in self.entries:
+            raise PTXError("launch", f"the module has no entry '{entry}'")
         info = self._module.describe(entry)
         grid, block = (tuple(x) + (1,) * (3 - len(x)) for x in (grid, block))
         self._check_block(entry, block, info)

@@ -126,7 +126,11 @@ def test_float_special_values(ptx):
     small = torch.tensor([1e-40])
     assert run(ptx, "mul.f32 %o0, %i0, 0f3F800000;", small, out=torch.float32) == small
     assert run(ptx, "mul.ftz.f32 %o0, %i0, 0f3F800000;", small, out=torch.float32) == 0
-    assert run(ptx, "add.sat.f32 %o0, %i0, %i0;", torch.tensor([3.0, -1.0, 0.25]), out=torch.float32).tolist() == [1, 0, 0.5]
+    assert run(ptx, "add.sat.f32 %o0, %i0, %i0;", torch.tensor([3.0, -1.0, 0.25]), out=torch.float32).tolist() == [
+        1,
+        0,
+        0.5,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +148,11 @@ def test_special_functions(ptx, opcode, function):
 def test_half_arithmetic_rounds_once(ptx, suffix, dtype):
     torch.manual_seed(1)
     a, b, c = (torch.randn(256).to(dtype) for _ in range(3))
-    for opcode, want in [("add", a.double() + b.double()), ("mul", a.double() * b.double()), ("sub", a.double() - b.double())]:
+    for opcode, want in [
+        ("add", a.double() + b.double()),
+        ("mul", a.double() * b.double()),
+        ("sub", a.double() - b.double()),
+    ]:
         lines = f"{opcode}.{suffix} %o0, %i0, %i1;"
         assert torch.equal(run(ptx, lines, a, b, out=dtype), want.to(torch.float32).to(dtype)), opcode
     fused = run(ptx, f"fma.rn.{suffix} %o0, %i0, %i1, %i2;", a, b, c, out=dtype)
@@ -191,7 +199,12 @@ def test_convert_integers_and_floats(ptx):
 
 def test_convert_halves_like_torch(ptx):
     torch.manual_seed(2)
-    x = torch.cat([torch.randn(500) * torch.logspace(-9, 6, 500), torch.tensor([math.inf, -math.inf, 0.0, -0.0, 65519.9, 65520.0])])
+    x = torch.cat(
+        [
+            torch.randn(500) * torch.logspace(-9, 6, 500),
+            torch.tensor([math.inf, -math.inf, 0.0, -0.0, 65519.9, 65520.0]),
+        ]
+    )
     for suffix, dtype in [("f16", torch.float16), ("bf16", torch.bfloat16)]:
         assert torch.equal(run(ptx, f"cvt.rn.{suffix}.f32 %o0, %i0;", x, out=dtype), x.to(dtype))
         assert torch.equal(run(ptx, f"cvt.f32.{suffix} %o0, %i0;", x.to(dtype), out=torch.float32), x.to(dtype).float())
@@ -224,7 +237,13 @@ def test_convert_tf32(ptx):
 
 def test_compare_and_select(ptx):
     a, b = torch.tensor([1.0, math.nan, 2.0]), torch.tensor([2.0, 1.0, 2.0])
-    for comparison, want in [("lt", [1, 0, 0]), ("ltu", [1, 1, 0]), ("eq", [0, 0, 1]), ("neu", [1, 1, 0]), ("num", [1, 0, 1])]:
+    for comparison, want in [
+        ("lt", [1, 0, 0]),
+        ("ltu", [1, 1, 0]),
+        ("eq", [0, 0, 1]),
+        ("neu", [1, 1, 0]),
+        ("num", [1, 0, 1]),
+    ]:
         assert run(ptx, f"setp.{comparison}.f32 %p1, %i0, %i1; selp.b32 %o0, 1, 0, %p1;", a, b).tolist() == want
     lines = "setp.gt.s32 %p1, %i0, 0; setp.lt.and.s32 %p2|%p3, %i0, %i1, %p1; selp.b32 %o0, 1, 0, %p2; selp.b32 %o1, 1, 0, %p3;"
     p, q = run(ptx, lines, [1, -1, 5], [2, 2, 2], out=[I32, I32])

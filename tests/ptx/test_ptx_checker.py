@@ -41,7 +41,10 @@ def test_views_into_larger_buffers(ptx):
 
 def test_misaligned(ptx):
     assert kind_of(ptx, "ld.global.v2.u32 {%r1, %r2}, [%d40+4];", torch.zeros(8)) == "misaligned"
-    assert kind_of(ptx, ".shared .align 16 .b8 s[32]; mov.u32 %r1, s; st.shared.u32 [%r1+2], %r0;", torch.zeros(8)) == "misaligned"
+    assert (
+        kind_of(ptx, ".shared .align 16 .b8 s[32]; mov.u32 %r1, s; st.shared.u32 [%r1+2], %r0;", torch.zeros(8))
+        == "misaligned"
+    )
 
 
 def test_uninitialised(ptx):
@@ -57,7 +60,13 @@ def test_uninitialised(ptx):
 @pytest.mark.parametrize("seed", range(3))
 def test_shared_hazards(ptx, seed):
     x = torch.zeros(1)
-    launch(ptx, EXCHANGE.format(between="bar.sync 0;", after="bar.sync 0; st.shared.u32 [%r1], %r3;"), x, block=64, seed=seed)
+    launch(
+        ptx,
+        EXCHANGE.format(between="bar.sync 0;", after="bar.sync 0; st.shared.u32 [%r1], %r3;"),
+        x,
+        block=64,
+        seed=seed,
+    )
     # read after write (which thread comes first decides whether it is seen as never written), then write after read
     missing = kind_of(ptx, EXCHANGE.format(between="", after=""), x, block=64, seed=seed)
     assert missing in ("shared-hazard", "uninitialised")
@@ -94,7 +103,9 @@ def test_global_races(ptx):
     assert kind_of(ptx, "mov.u32 %r1, %ctaid.x; st.global.u32 [%d40], %r1;", cell, block=1, grid=2) == "global-race"
     assert kind_of(ptx, "st.global.u32 [%d40], %r0;", cell, block=64) == "global-race"
     launch(ptx, "red.global.add.u32 [%d40], 1;", cell, block=64, grid=2)
-    mixed = "mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 0; @%p1 st.global.u32 [%d40], 1; @!%p1 ld.global.u32 %r2, [%d40];"
+    mixed = (
+        "mov.u32 %r1, %ctaid.x; setp.eq.u32 %p1, %r1, 0; @%p1 st.global.u32 [%d40], 1; @!%p1 ld.global.u32 %r2, [%d40];"
+    )
     for seed in range(4):  # the reading block may come first or last
         assert kind_of(ptx, mixed, cell, block=1, grid=2, seed=seed) == "global-race"
     exchange = """mul.wide.u32 %d1, %r0, 4; add.u64 %d1, %d1, %d40; st.global.u32 [%d1], %r0; {} xor.b32 %r1, %r0, 32;
@@ -138,7 +149,10 @@ def test_copies_in_flight(ptx):
     assert kind_of(ptx, COPY.format(before="", wait="st.shared.u32 [%r1], %r0;", other=0), x, block=64) == "in-flight"
     # A wait makes a thread's own copies visible, to that thread alone.
     assert kind_of(ptx, COPY.format(before="", wait=wait, other=16), x, block=64) == "shared-hazard"
-    assert kind_of(ptx, COPY.format(before="", wait="bar.sync 0;" + wait, other=512), x, block=64) in ("shared-hazard", "in-flight")
+    assert kind_of(ptx, COPY.format(before="", wait="bar.sync 0;" + wait, other=512), x, block=64) in (
+        "shared-hazard",
+        "in-flight",
+    )
     # The issue is a write: of what another warp still reads, and of a source that must be there.
     reader = "st.shared.u32 [%r1], %r0; bar.sync 0; xor.b32 %r2, %r1, 512; ld.shared.u32 %r3, [%r2];"
     assert kind_of(ptx, COPY.format(before=reader, wait=everyone, other=0), x, block=64) == "shared-hazard"
@@ -175,10 +189,22 @@ def test_each_synchronisation_of_a_wgmma_kernel_is_needed(ptx, triton_kernels):
     a, b = torch.randn(64, 160).bfloat16(), torch.randn(160, 64).bfloat16()
     c = torch.empty(64, 64, dtype=torch.bfloat16)
     found = list(WGMMA.finditer(text))
-    assert {place.group(1) for place in found} == {"bar.sync", "wgmma.fence", "wgmma.wait", "wgmma.commit", "fence.proxy"}
+    assert {place.group(1) for place in found} == {
+        "bar.sync",
+        "wgmma.fence",
+        "wgmma.wait",
+        "wgmma.commit",
+        "fence.proxy",
+    }
     for place in found:
         module = ptx.Module(text[: place.start()] + text[place.end() :])
         with pytest.raises(ptx.PTXError) as caught:
-            module.launch("matmul_kernel", (1, 1), (128,), [a, b, c, 64, 64, 160, 160, 1, 64, 1, 64], kernel.metadata.shared)
-        expected = {"wgmma.fence": {"wgmma-fence"}, "fence.proxy": {"proxy-fence"}, "bar.sync": {"shared-hazard", "uninitialised"}}
+            module.launch(
+                "matmul_kernel", (1, 1), (128,), [a, b, c, 64, 64, 160, 160, 1, 64, 1, 64], kernel.metadata.shared
+            )
+        expected = {
+            "wgmma.fence": {"wgmma-fence"},
+            "fence.proxy": {"proxy-fence"},
+            "bar.sync": {"shared-hazard", "uninitialised"},
+        }
         assert caught.value.kind in expected.get(place.group(1), {"in-flight"}), place.group()

@@ -73,7 +73,9 @@ def test_votes_and_reductions(ptx):
 
 
 def test_halves_of_a_warp_shuffle_apart(ptx):
-    lines = "setp.lt.s32 %p1, %i0, 16; selp.b32 %r1, 0x0000ffff, 0xffff0000, %p1; shfl.sync.bfly.b32 %o0, %i0, 1, 31, %r1;"
+    lines = (
+        "setp.lt.s32 %p1, %i0, 16; selp.b32 %r1, 0x0000ffff, 0xffff0000, %p1; shfl.sync.bfly.b32 %o0, %i0, 1, 31, %r1;"
+    )
     assert run(ptx, lines, LANES).tolist() == [lane ^ 1 for lane in range(32)]
 
 
@@ -123,7 +125,9 @@ ATOMICS = [("add.u32", 7, 10), ("min.s32", -3, -3), ("max.s32", 5, 5), ("and.b32
 def test_atomics(ptx, operation, operand, want):
     cell = torch.tensor([3], dtype=torch.int32)
     old = torch.empty(1, dtype=torch.int32)
-    body = f"setp.ne.s32 %p1, %r0, 0; @%p1 ret; atom.global.{operation} %r1, [%d40], {operand}; st.global.u32 [%d41], %r1;"
+    body = (
+        f"setp.ne.s32 %p1, %r0, 0; @%p1 ret; atom.global.{operation} %r1, [%d40], {operand}; st.global.u32 [%d41], %r1;"
+    )
     launch(ptx, body, cell, old)
     assert (old.item(), cell.item()) == (3, want)
 

@@ -123,7 +123,9 @@ def run_matmul(ptx, kernel, dtype, trans_a=False, trans_b=False, **options):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
 def test_triton_matmul(ptx, triton_kernels, capability, name, dtype):
     kernel = triton_kernels.matmul(name, capability)
     assert ("wgmma" in kernel.asm["ptx"]) == (capability == 90)
@@ -131,11 +133,32 @@ def test_triton_matmul(ptx, triton_kernels, capability, name, dtype):
         run_matmul(ptx, kernel, dtype, trans_a, trans_b)
 
 
+# Rows of 32, 64 and 128 bytes in shared memory, which is how wgmma's swizzles are called; fp32 only where A and B are
+# K-major, other layouts Triton brings into that form.
+@pytest.mark.parametrize("depth", [16, 32, 64])
+@pytest.mark.parametrize(("trans_a", "trans_b"), [(False, False), (False, True), (True, False), (True, True)])
+def test_wgmma_swizzles_and_transposes(ptx, triton_kernels, depth, trans_a, trans_b):
+    kernel = triton_kernels.matmul("bf16", 90, depth=depth)
+    assert "wgmma" in kernel.asm["ptx"]
+    run_matmul(ptx, kernel, torch.bfloat16, trans_a, trans_b)
+
+
 def test_triton_half_accumulators_are_read_before_the_wait(ptx, triton_kernels):
     kernel = triton_kernels.matmul("fp16", 90, accumulator=triton_kernels.tl.float16)
     with pytest.raises(ptx.PTXError) as caught:
         run_matmul(ptx, kernel, torch.float16)
     assert caught.value.kind == "in-flight" and caught.value.source.startswith("triton_kernels.py:")
+    # Sums rounded to a half at each of nine steps: compared with a wide tolerance.
+    a, b, c = torch.randn(64, 136).half(), torch.randn(136, 64).half(), torch.empty(64, 64, dtype=torch.float16)
+    ptx.Module(kernel.asm["ptx"]).launch(
+        "matmul_kernel",
+        (1, 1),
+        (128,),
+        [a, b, c, 64, 64, 136, 136, 1, 64, 1, 64],
+        kernel.metadata.shared,
+        serialised_accumulators=True,
+    )
+    np.testing.assert_allclose(c.float().numpy(), a.float().numpy() @ b.float().numpy(), atol=0.1)
 
 
 @pytest.mark.parametrize(("capability", "warps"), [(80, 4), (90, 4), (90, 8)])

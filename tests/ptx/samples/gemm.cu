@@ -33,7 +33,8 @@ __device__ void load_tile(uint32_t destination, const uint16_t* source, int K, i
   }
 }
 
-extern "C" __global__ void __launch_bounds__(128) gemm_bf16(const uint16_t* a, const uint16_t* b, float* c, int N, int K) {
+extern "C" __global__ void __launch_bounds__(128)
+    gemm_bf16(const uint16_t* a, const uint16_t* b, float* c, int N, int K) {
   extern __shared__ __align__(128) uint8_t shared[];
   const uint32_t stages = uint32_t(__cvta_generic_to_shared(shared));
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -64,8 +65,8 @@ extern "C" __global__ void __launch_bounds__(128) gemm_bf16(const uint16_t* a, c
       uint32_t left[2][4], right[2][4];
       for (int i = 0; i < 2; ++i) {
         load_matrices(left[i], stage_a + unit_offset(row0 + i * 16 + lane % 16, step * 2 + lane / 16));
-        load_matrices(right[i], stage_b + unit_offset(column0 + i * 16 + (lane / 16) * 8 + lane % 8,
-                                                      step * 2 + lane / 8 % 2));
+        load_matrices(right[i],
+                      stage_b + unit_offset(column0 + i * 16 + (lane / 16) * 8 + lane % 8, step * 2 + lane / 8 % 2));
       }
       for (int i = 0; i < 2; ++i)
         for (int j = 0; j < 4; ++j) multiply(acc[i][j], left[i], right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);

@@ -86,11 +86,11 @@ def compile_ptx(kernel, signature: dict, constants: dict, capability: int, **opt
 TYPES = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
 
 
-def matmul(dtype: str, capability: int, accumulator=tl.float32, **options):
-    """matmul_kernel with tiles of 64 x 64 x 32; arguments a, b, c, M, N, K, strides of a, strides of b, row stride of c."""
+def matmul(dtype: str, capability: int, accumulator=tl.float32, depth: int = 32, **options):
+    """matmul_kernel with tiles of 64 x 64 x depth; arguments a, b, c, M, N, K, strides of a, strides of b, row stride of c."""
     signature = dict.fromkeys(("a", "b", "c"), TYPES[dtype])
     signature |= dict.fromkeys(("M", "N", "K", "sam", "sak", "sbk", "sbn", "scm"), "i32")
-    constants = {"BM": 64, "BN": 64, "BK": 32, "ACC": accumulator}
+    constants = {"BM": 64, "BN": 64, "BK": depth, "ACC": accumulator}
     return compile_ptx(matmul_kernel, signature, constants, capability, **options)
 
 

@@ -30,11 +30,16 @@ template <template <class> class F>
 Handler for_integer(Type type) {
   const bool is_signed = type.kind == 's';
   switch (type.bits) {
-    case 8: return is_signed ? F<int8_t>::run : F<uint8_t>::run;
-    case 16: return is_signed ? F<int16_t>::run : F<uint16_t>::run;
-    case 32: return is_signed ? F<int32_t>::run : F<uint32_t>::run;
-    case 64: return is_signed ? F<int64_t>::run : F<uint64_t>::run;
-    default: return nullptr;
+    case 8:
+      return is_signed ? F<int8_t>::run : F<uint8_t>::run;
+    case 16:
+      return is_signed ? F<int16_t>::run : F<uint16_t>::run;
+    case 32:
+      return is_signed ? F<int32_t>::run : F<uint32_t>::run;
+    case 64:
+      return is_signed ? F<int64_t>::run : F<uint64_t>::run;
+    default:
+      return nullptr;
   }
 }
 

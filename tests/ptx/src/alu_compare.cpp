@@ -16,12 +16,18 @@ bool compare(T a, T b, int mode, bool unordered) {
     if (nan) return unordered;
   }
   switch (mode) {
-    case kEq: return a == b;
-    case kNe: return a != b;
-    case kLt: return a < b;
-    case kLe: return a <= b;
-    case kGt: return a > b;
-    default: return a >= b;
+    case kEq:
+      return a == b;
+    case kNe:
+      return a != b;
+    case kLt:
+      return a < b;
+    case kLe:
+      return a <= b;
+    case kGt:
+      return a > b;
+    default:
+      return a >= b;
   }
 }
 
@@ -93,12 +99,23 @@ void test_property(Warp& w, const Instruction& i, Mask mask) {  // testp
     const T x = value<T>(a[l]);
     const int kind = std::fpclassify(x);
     switch (i.mode) {
-      case 0: p[l] = std::isfinite(x); break;
-      case 1: p[l] = std::isinf(x); break;
-      case 2: p[l] = !std::isnan(x); break;
-      case 3: p[l] = std::isnan(x); break;
-      case 4: p[l] = kind == FP_NORMAL; break;
-      default: p[l] = kind == FP_SUBNORMAL;
+      case 0:
+        p[l] = std::isfinite(x);
+        break;
+      case 1:
+        p[l] = std::isinf(x);
+        break;
+      case 2:
+        p[l] = !std::isnan(x);
+        break;
+      case 3:
+        p[l] = std::isnan(x);
+        break;
+      case 4:
+        p[l] = kind == FP_NORMAL;
+        break;
+      default:
+        p[l] = kind == FP_SUBNORMAL;
     }
   });
 }
@@ -147,9 +164,9 @@ Handler comparison(Type type, bool pair) {
 }
 
 bool decode_set(Decoder& d, const Statement& s, Instruction& i) {
-  static const std::map<std::string, int> kNames = {{"eq", kEq}, {"ne", kNe}, {"lt", kLt}, {"le", kLe}, {"gt", kGt},
-                                                    {"ge", kGe}, {"lo", kLt}, {"ls", kLe}, {"hi", kGt}, {"hs", kGe},
-                                                    {"num", kNum}, {"nan", kNan}};
+  static const std::map<std::string, int> kNames = {{"eq", kEq}, {"ne", kNe}, {"lt", kLt},   {"le", kLe},
+                                                    {"gt", kGt}, {"ge", kGe}, {"lo", kLt},   {"ls", kLe},
+                                                    {"hi", kGt}, {"hs", kGe}, {"num", kNum}, {"nan", kNan}};
   std::string name = s.modifiers.at(0);
   if (name.size() == 3 && name[2] == 'u' && name != "num") {
     i.flag = true;
@@ -196,7 +213,8 @@ bool decode_compare(Decoder& d, const Statement& s, Instruction& i) {
   if (s.opcode == "mov") {
     i.category = "move";
     i.width = std::max(type.bits / 8, type.packed ? 4 : 0);
-    const bool to_vector = s.operands.at(0).kind == Operand::Vector, from_vector = s.operands.at(1).kind == Operand::Vector;
+    const bool to_vector = s.operands.at(0).kind == Operand::Vector,
+               from_vector = s.operands.at(1).kind == Operand::Vector;
     i.run = type.kind == 'p' ? move_predicate : to_vector ? unpack : from_vector ? pack : move;
     d.bind(s, i, 1, type);
     return true;

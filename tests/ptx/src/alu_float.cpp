@@ -8,23 +8,33 @@ using I = const Instruction&;
 
 struct Add {
   template <class T>
-  static T apply(T a, T b, I) { return a + b; }
+  static T apply(T a, T b, I) {
+    return a + b;
+  }
 };
 struct Sub {
   template <class T>
-  static T apply(T a, T b, I) { return a - b; }
+  static T apply(T a, T b, I) {
+    return a - b;
+  }
 };
 struct Mul {
   template <class T>
-  static T apply(T a, T b, I) { return a * b; }
+  static T apply(T a, T b, I) {
+    return a * b;
+  }
 };
 struct Div {
   template <class T>
-  static T apply(T a, T b, I) { return a / b; }
+  static T apply(T a, T b, I) {
+    return a / b;
+  }
 };
 struct Fma {
   template <class T>
-  static T apply(T a, T b, T c, I) { return std::fma(a, b, c); }
+  static T apply(T a, T b, T c, I) {
+    return std::fma(a, b, c);
+  }
 };
 template <bool kLarger>
 struct Extreme {  // mode 1: .NaN; else a NaN loses to a number
@@ -38,47 +48,69 @@ struct Extreme {  // mode 1: .NaN; else a NaN loses to a number
 };
 struct Neg {
   template <class T>
-  static T apply(T a, I) { return -a; }
+  static T apply(T a, I) {
+    return -a;
+  }
 };
 struct Abs {
   template <class T>
-  static T apply(T a, I) { return std::fabs(a); }
+  static T apply(T a, I) {
+    return std::fabs(a);
+  }
 };
 struct CopySign {  // the sign of a, the magnitude of b
   template <class T>
-  static T apply(T a, T b, I) { return std::copysign(b, a); }
+  static T apply(T a, T b, I) {
+    return std::copysign(b, a);
+  }
 };
 struct Rcp {
   template <class T>
-  static T apply(T a, I) { return 1 / a; }
+  static T apply(T a, I) {
+    return 1 / a;
+  }
 };
 struct Sqrt {
   template <class T>
-  static T apply(T a, I) { return std::sqrt(a); }
+  static T apply(T a, I) {
+    return std::sqrt(a);
+  }
 };
 struct Rsqrt {
   template <class T>
-  static T apply(T a, I) { return T(1.0 / std::sqrt(double(a))); }
+  static T apply(T a, I) {
+    return T(1.0 / std::sqrt(double(a)));
+  }
 };
 struct Ex2 {
   template <class T>
-  static T apply(T a, I) { return std::exp2(a); }
+  static T apply(T a, I) {
+    return std::exp2(a);
+  }
 };
 struct Lg2 {
   template <class T>
-  static T apply(T a, I) { return std::log2(a); }
+  static T apply(T a, I) {
+    return std::log2(a);
+  }
 };
 struct Sin {
   template <class T>
-  static T apply(T a, I) { return T(std::sin(double(a))); }
+  static T apply(T a, I) {
+    return T(std::sin(double(a)));
+  }
 };
 struct Cos {
   template <class T>
-  static T apply(T a, I) { return T(std::cos(double(a))); }
+  static T apply(T a, I) {
+    return T(std::cos(double(a)));
+  }
 };
 struct Tanh {
   template <class T>
-  static T apply(T a, I) { return T(std::tanh(double(a))); }
+  static T apply(T a, I) {
+    return T(std::tanh(double(a)));
+  }
 };
 
 template <class T>

@@ -1,5 +1,6 @@
-// Arithmetic on f16, bf16 and their packed pairs: computed wider and rounded once. Addition and multiplication in double
-// are exact for these formats; fma rounds its double sum to odd first, so that the second rounding cannot go wrong.
+// Arithmetic on f16, bf16 and their packed pairs: computed wider and rounded once. Addition and multiplication in
+// double are exact for these formats; fma rounds its double sum to odd first, so that the second rounding cannot go
+// wrong.
 #include "alu.h"
 
 namespace ptx {
@@ -31,14 +32,30 @@ uint16_t apply(const Instruction& i, T a, T b, T c) {
   const double x = to_float(a), y = to_float(b), z = to_float(c);
   double result = 0;
   switch (i.mode) {
-    case kAdd: result = x + y; break;
-    case kSub: result = x - y; break;
-    case kMul: result = x * y; break;
-    case kFma: result = fma_to_odd(x, y, z); break;
-    case kMin: result = extreme(x, y, false, i.flag); break;
-    case kMax: result = extreme(x, y, true, i.flag); break;
-    case kEx2: result = std::exp2(x); break;
-    case kTanh: result = std::tanh(x); break;
+    case kAdd:
+      result = x + y;
+      break;
+    case kSub:
+      result = x - y;
+      break;
+    case kMul:
+      result = x * y;
+      break;
+    case kFma:
+      result = fma_to_odd(x, y, z);
+      break;
+    case kMin:
+      result = extreme(x, y, false, i.flag);
+      break;
+    case kMax:
+      result = extreme(x, y, true, i.flag);
+      break;
+    case kEx2:
+      result = std::exp2(x);
+      break;
+    case kTanh:
+      result = std::tanh(x);
+      break;
   }
   if (i.saturate) result = result > 0 ? std::min(result, 1.0) : 0.0;
   if (i.submode && result < 0) result = 0;  // .relu
@@ -52,8 +69,7 @@ void run(Warp& w, const Instruction& i, Mask mask) {
   uint64_t* d = w.lanes(i.destination[0]);
   for_lanes(mask, [&](int l) {
     uint64_t result = apply(i, value<T>(a[l]), value<T>(b[l]), value<T>(c[l]));
-    if (kPacked)
-      result |= uint64_t(apply(i, value<T>(a[l] >> 16), value<T>(b[l] >> 16), value<T>(c[l] >> 16))) << 16;
+    if (kPacked) result |= uint64_t(apply(i, value<T>(a[l] >> 16), value<T>(b[l] >> 16), value<T>(c[l] >> 16))) << 16;
     d[l] = result;
   });
 }
@@ -61,8 +77,8 @@ void run(Warp& w, const Instruction& i, Mask mask) {
 }  // namespace
 
 bool decode_half(Decoder& d, const Statement& s, Instruction& i) {
-  static const std::map<std::string, int> kOperations = {{"add", kAdd}, {"sub", kSub}, {"mul", kMul}, {"fma", kFma},
-                                                         {"neg", kNeg}, {"abs", kAbs}, {"min", kMin}, {"max", kMax},
+  static const std::map<std::string, int> kOperations = {{"add", kAdd}, {"sub", kSub},  {"mul", kMul}, {"fma", kFma},
+                                                         {"neg", kNeg}, {"abs", kAbs},  {"min", kMin}, {"max", kMax},
                                                          {"ex2", kEx2}, {"tanh", kTanh}};
   const Type type = d.type(s);
   const auto operation = kOperations.find(s.opcode);

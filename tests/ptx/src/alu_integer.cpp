@@ -29,83 +29,123 @@ using Wide = std::conditional_t<sizeof(T) == 8, std::conditional_t<std::is_signe
                                 std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
 struct MulLow {
   template <class T>
-  static T apply(T a, T b, I) { return T(Wide<T>(a) * b); }
+  static T apply(T a, T b, I) {
+    return T(Wide<T>(a) * b);
+  }
 };
 struct MulHigh {
   template <class T>
-  static T apply(T a, T b, I) { return T((Wide<T>(a) * b) >> (8 * sizeof(T))); }
+  static T apply(T a, T b, I) {
+    return T((Wide<T>(a) * b) >> (8 * sizeof(T)));
+  }
 };
 struct MulWide {
   template <class T>
-  static auto apply(T a, T b, I) { return std::conditional_t<sizeof(T) == 2, int32_t, int64_t>(Wide<T>(a) * b); }
+  static auto apply(T a, T b, I) {
+    return std::conditional_t<sizeof(T) == 2, int32_t, int64_t>(Wide<T>(a) * b);
+  }
 };
 struct Mul24 {
   template <class T>
-  static T apply(T a, T b, I) { return T((a << 8 >> 8) * (b << 8 >> 8)); }
+  static T apply(T a, T b, I) {
+    return T((a << 8 >> 8) * (b << 8 >> 8));
+  }
 };
 struct MadLow {
   template <class T>
-  static T apply(T a, T b, T c, I i) { return T(MulLow::apply(a, b, i) + c); }
+  static T apply(T a, T b, T c, I i) {
+    return T(MulLow::apply(a, b, i) + c);
+  }
 };
 struct MadHigh {
   template <class T>
-  static T apply(T a, T b, T c, I i) { return T(MulHigh::apply(a, b, i) + c); }
+  static T apply(T a, T b, T c, I i) {
+    return T(MulHigh::apply(a, b, i) + c);
+  }
 };
 struct Div {  // division by zero is undefined in PTX; GPUs give all ones
   template <class T>
-  static T apply(T a, T b, I) { return b == 0 ? T(-1) : T(Wide<T>(a) / b); }
+  static T apply(T a, T b, I) {
+    return b == 0 ? T(-1) : T(Wide<T>(a) / b);
+  }
 };
 struct Rem {
   template <class T>
-  static T apply(T a, T b, I) { return b == 0 ? a : T(Wide<T>(a) % b); }
+  static T apply(T a, T b, I) {
+    return b == 0 ? a : T(Wide<T>(a) % b);
+  }
 };
 struct Min {
   template <class T>
-  static T apply(T a, T b, I) { return std::min(a, b); }
+  static T apply(T a, T b, I) {
+    return std::min(a, b);
+  }
 };
 struct Max {
   template <class T>
-  static T apply(T a, T b, I) { return std::max(a, b); }
+  static T apply(T a, T b, I) {
+    return std::max(a, b);
+  }
 };
 struct SumOfDifferences {
   template <class T>
-  static T apply(T a, T b, T c, I) { return T(c + (a < b ? b - a : a - b)); }
+  static T apply(T a, T b, T c, I) {
+    return T(c + (a < b ? b - a : a - b));
+  }
 };
 struct And {
   template <class T>
-  static T apply(T a, T b, I) { return a & b; }
+  static T apply(T a, T b, I) {
+    return a & b;
+  }
 };
 struct Or {
   template <class T>
-  static T apply(T a, T b, I) { return a | b; }
+  static T apply(T a, T b, I) {
+    return a | b;
+  }
 };
 struct Xor {
   template <class T>
-  static T apply(T a, T b, I) { return a ^ b; }
+  static T apply(T a, T b, I) {
+    return a ^ b;
+  }
 };
 struct Not {
   template <class T>
-  static T apply(T a, I i) { return i.mode ? T(!(a & 1)) : T(~a); }  // mode: a predicate
+  static T apply(T a, I i) {
+    return i.mode ? T(!(a & 1)) : T(~a);
+  }  // mode: a predicate
 };
 struct CNot {
   template <class T>
-  static T apply(T a, I) { return a == 0; }
+  static T apply(T a, I) {
+    return a == 0;
+  }
 };
 struct Neg {
   template <class T>
-  static T apply(T a, I) { return T(-a); }
+  static T apply(T a, I) {
+    return T(-a);
+  }
 };
 struct Abs {
   template <class T>
-  static T apply(T a, I) { return a < 0 ? T(-a) : a; }
+  static T apply(T a, I) {
+    return a < 0 ? T(-a) : a;
+  }
 };
 struct Popc {
   template <class T>
-  static uint32_t apply(T a, I) { return uint32_t(std::popcount(std::make_unsigned_t<T>(a))); }
+  static uint32_t apply(T a, I) {
+    return uint32_t(std::popcount(std::make_unsigned_t<T>(a)));
+  }
 };
 struct Clz {
   template <class T>
-  static uint32_t apply(T a, I) { return uint32_t(std::countl_zero(std::make_unsigned_t<T>(a))); }
+  static uint32_t apply(T a, I) {
+    return uint32_t(std::countl_zero(std::make_unsigned_t<T>(a)));
+  }
 };
 struct BFind {
   template <class T>
@@ -172,7 +212,8 @@ struct BitFieldInsert {
     uint64_t* d = w.lanes(i.destination[0]);
     for_lanes(mask, [&](int l) {
       const uint32_t position = c[l] & 0xff, length = e[l] & 0xff, bits = 8 * sizeof(T);
-      const uint64_t field = position >= bits ? 0 : (length >= 64 ? ~uint64_t(0) : (uint64_t(1) << length) - 1) << position;
+      const uint64_t field =
+          position >= bits ? 0 : (length >= 64 ? ~uint64_t(0) : (uint64_t(1) << length) - 1) << position;
       d[l] = slot(T((b[l] & ~field) | (position >= bits ? 0 : (a[l] << position) & field)));
     });
   }

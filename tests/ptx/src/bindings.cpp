@@ -63,9 +63,8 @@ py::list instructions(const Launch& launch) {
     const Statement& s = *program.code[k].statement;
     const auto label = program.entry->labels.find(int(k));
     rows.append(py::make_tuple(s.full_name, program.code[k].category, s.line, s.source_line,
-                               launch.counters.executed[k], launch.counters.lanes[k],
-                               launch.counters.bank_conflicts[k], s.opcode,
-                               label == program.entry->labels.end() ? "" : label->second));
+                               launch.counters.executed[k], launch.counters.lanes[k], launch.counters.bank_conflicts[k],
+                               s.opcode, label == program.entry->labels.end() ? "" : label->second));
   }
   return rows;
 }
@@ -121,13 +120,16 @@ py::dict launch(LoadedModule& loaded, const std::string& entry, std::array<int, 
 }
 
 py::dict describe(const LoadedModule& loaded, const std::string& name) {
-  const Entry& entry = loaded.entry(name);
+  const auto found = loaded.module.entries.find(name);
+  if (found == loaded.module.entries.end()) return py::dict();
+  const Entry& entry = found->second;
   py::list parameters;
   for (const Variable& p : entry.parameters) parameters.append(py::make_tuple(p.name, p.offset, p.size));
   py::dict result;
   result["parameters"] = parameters;
   result["parameter_bytes"] = entry.parameter_bytes;
-  result["required_threads"] = py::make_tuple(entry.required_threads[0], entry.required_threads[1], entry.required_threads[2]);
+  result["required_threads"] =
+      py::make_tuple(entry.required_threads[0], entry.required_threads[1], entry.required_threads[2]);
   result["max_threads"] = py::make_tuple(entry.max_threads[0], entry.max_threads[1], entry.max_threads[2]);
   return result;
 }
@@ -148,11 +150,12 @@ PYBIND11_MODULE(ptx_emulator, m) {
   });
   py::class_<LoadedModule>(m, "Module")
       .def(py::init<const std::string&>())
-      .def("entries", [](const LoadedModule& self) {
-        std::vector<std::string> names;
-        for (const auto& [name, entry] : self.module.entries) names.push_back(name);
-        return names;
-      })
+      .def("entries",
+           [](const LoadedModule& self) {
+             std::vector<std::string> names;
+             for (const auto& [name, entry] : self.module.entries) names.push_back(name);
+             return names;
+           })
       .def("describe", &describe)
       .def("launch", &launch);
 }

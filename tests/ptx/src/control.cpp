@@ -70,7 +70,8 @@ void block_barrier(Warp& w, const Instruction& i, Mask mask) {
   Barrier& barrier = block.barriers[number];
   const int expected = i.submode ? int(w.lanes(i.source[1])[lane]) : 0;
   if (i.submode && (expected <= 0 || expected % kLanes))
-    fail(w, i, "barrier", "a barrier's thread count must be a multiple of the warp size, not " + std::to_string(expected));
+    fail(w, i, "barrier",
+         "a barrier's thread count must be a multiple of the warp size, not " + std::to_string(expected));
   if (barrier.arrived && barrier.expected != expected)
     fail(w, i, "barrier", "barrier " + std::to_string(number) + " used with two thread counts at once");
   if (!barrier.arrived) {
@@ -151,8 +152,9 @@ bool decode_control(Decoder& d, const Statement& s, Instruction& i) {
   }
   if (op == "bar" || op == "barrier") return decode_barrier(d, s, i);
   i.category = "fence";
-  if (op == "fence" && s.has("proxy") && (s.has("async") || s.has("async::generic") || s.has("async.shared::cta") ||
-                                          s.full_name.rfind("fence.proxy.async", 0) == 0)) {
+  if (op == "fence" && s.has("proxy") &&
+      (s.has("async") || s.has("async::generic") || s.has("async.shared::cta") ||
+       s.full_name.rfind("fence.proxy.async", 0) == 0)) {
     i.run = proxy_fence;
     return true;
   }

@@ -36,10 +36,14 @@ Number read(uint64_t bits, Type type) {
 
 double to_integral(double x, Rounding rounding) {
   switch (rounding) {
-    case Rounding::Zero: return std::trunc(x);
-    case Rounding::Down: return std::floor(x);
-    case Rounding::Up: return std::ceil(x);
-    default: return std::nearbyint(x);
+    case Rounding::Zero:
+      return std::trunc(x);
+    case Rounding::Down:
+      return std::floor(x);
+    case Rounding::Up:
+      return std::ceil(x);
+    default:
+      return std::nearbyint(x);
   }
 }
 
@@ -85,7 +89,9 @@ void convert(Warp& w, const Instruction& i, Mask mask) {
   if (!to.is_float() && !from.is_float() && !i.saturate) {  // the common case: sign or zero extension
     const int shift = 64 - std::min(from.bits, to.bits);
     if (from.kind == 's')  // a destination register may be wider than the type: extend into it
-      for_lanes(mask, [&](int l) { d[l] = truncate(uint64_t(int64_t(a[l] << shift) >> shift), to.kind == 's' ? 64 : to.bits); });
+      for_lanes(mask, [&](int l) {
+        d[l] = truncate(uint64_t(int64_t(a[l] << shift) >> shift), to.kind == 's' ? 64 : to.bits);
+      });
     else
       for_lanes(mask, [&](int l) { d[l] = a[l] << shift >> shift; });
     return;
@@ -117,7 +123,9 @@ void widen_pair(Warp& w, const Instruction& i, Mask mask) {  // e4m3x2 or e5m2x2
   const uint64_t* a = w.lanes(i.source[0]);
   uint64_t* d = w.lanes(i.destination[0]);
   for_lanes(mask, [&](int l) {
-    const auto one = [&](uint64_t byte) { return uint64_t(encode(decode(uint32_t(byte & 0xff), kPairs[i.mode]), kF16)); };
+    const auto one = [&](uint64_t byte) {
+      return uint64_t(encode(decode(uint32_t(byte & 0xff), kPairs[i.mode]), kF16));
+    };
     d[l] = one(a[l] >> 8) << 16 | one(a[l]);
   });
 }
@@ -125,15 +133,13 @@ void widen_pair(Warp& w, const Instruction& i, Mask mask) {  // e4m3x2 or e5m2x2
 void to_tf32(Warp& w, const Instruction& i, Mask mask) {
   const uint64_t* a = w.lanes(i.source[0]);
   uint64_t* d = w.lanes(i.destination[0]);
-  for_lanes(mask, [&](int l) {
-    d[l] = uint64_t(encode(value<float>(a[l]), kTF32, i.rounding, i.saturate)) << 13;
-  });
+  for_lanes(mask, [&](int l) { d[l] = uint64_t(encode(value<float>(a[l]), kTF32, i.rounding, i.saturate)) << 13; });
 }
 
 void add_window(Warp& w, const Instruction& i, Mask mask) {  // cvta and cvta.to
   const uint64_t* a = w.lanes(i.source[0]);
   uint64_t* d = w.lanes(i.destination[0]);
-  const uint64_t window = i.space == Space::Shared ? kSharedWindow
+  const uint64_t window = i.space == Space::Shared  ? kSharedWindow
                           : i.space == Space::Local ? kLocalWindow
                           : i.space == Space::Param ? kParamWindow
                                                     : 0;

@@ -28,7 +28,14 @@ Decoder::Decoder(const Module& module, const Entry& entry, Program& program, std
 void Decoder::run() {
   place_variables();
   program_.code.resize(entry_.code.size());
-  for (size_t i = 0; i < entry_.code.size(); ++i) decode(entry_.code[i], program_.code[i]);
+  for (size_t i = 0; i < entry_.code.size(); ++i) {
+    try {
+      decode(entry_.code[i], program_.code[i]);
+    } catch (Error& error) {
+      if (!error.line) error.line = entry_.code[i].line;
+      throw;
+    }
+  }
 }
 
 // Static shared variables first, in the order of their use, then dynamic shared memory: as ptxas does.
@@ -85,15 +92,20 @@ int Decoder::carry() {
 
 int Decoder::slot(const Operand& operand, Type type) {
   switch (operand.kind) {
-    case Operand::Register: return operand.index;
-    case Operand::Integer: return constant(operand.bits + uint64_t(operand.offset));
-    case Operand::Float32: return constant(operand.bits);
+    case Operand::Register:
+      return operand.index;
+    case Operand::Integer:
+      return constant(operand.bits + uint64_t(operand.offset));
+    case Operand::Float32:
+      return constant(operand.bits);
     case Operand::Float64: {
       if (type.kind != 'f' || type.bits == 64) return constant(operand.bits);
       return constant(ptx::slot(float(ptx::value<double>(operand.bits))));
     }
-    case Operand::Symbol: return constant(symbol(operand.name, 0) + uint64_t(operand.offset));
-    default: return sink_;
+    case Operand::Symbol:
+      return constant(symbol(operand.name, 0) + uint64_t(operand.offset));
+    default:
+      return sink_;
   }
 }
 

@@ -137,7 +137,8 @@ void GlobalMemory::check_write(const Who& who, GlobalCell& cell, Access kind, ui
   const bool both_strong_writes = cell.write_block > 0 && cell.write_atomic && strong(kind);
   if (cell.write_block > 0 && !both_strong_writes) {
     if (cell.write_block != block)
-      throw race("blocks " + std::to_string(cell.write_block - 1) + " and " + std::to_string(who.block) + " both write");
+      throw race("blocks " + std::to_string(cell.write_block - 1) + " and " + std::to_string(who.block) +
+                 " both write");
     if (cell.write_thread != thread && !same && cell.write_clock > who.seen[cell.write_thread / 32] &&
         (who.check_lanes || cell.write_thread / 32 != who.warp))
       throw race(thread_name(cell.write_thread) + " and " + thread_name(thread) +

@@ -15,9 +15,7 @@ void Warp::release() {
   ++clock;
 }
 
-Who Warp::who(int lane) const {
-  return {block->index, index, lane, clock, seen.data(), launch->check_lanes};
-}
+Who Warp::who(int lane) const { return {block->index, index, lane, clock, seen.data(), launch->check_lanes}; }
 
 std::string describe_thread(const Warp& warp, int lane) {
   const int *threads = warp.launch->threads, *at = warp.block->coordinates, n = warp.thread(lane);
@@ -130,9 +128,10 @@ class BlockRun {
     for (const Barrier& barrier : block_.barriers)
       if (barrier.arrived) {
         int waiting = int(barrier.waiting.size());
-        throw Error("barrier", "deadlock: " + std::to_string(barrier.arrived) + " threads arrived at a barrier for " +
-                                   (barrier.expected ? std::to_string(barrier.expected) : "all") + ", " +
-                                   std::to_string(waiting) + " warps wait for ever",
+        throw Error("barrier",
+                    "deadlock: " + std::to_string(barrier.arrived) + " threads arrived at a barrier for " +
+                        (barrier.expected ? std::to_string(barrier.expected) : "all") + ", " + std::to_string(waiting) +
+                        " warps wait for ever",
                     barrier.instruction->statement->line);
       }
     throw Error("barrier", "deadlock");
@@ -189,8 +188,9 @@ class BlockRun {
       const int lane = std::countr_zero(left);
       const Mask members = Mask(w.lanes(i.member_mask)[lane]);
       if (!(members >> lane & 1))
-        fail(w, i, "divergence", describe_thread(w, lane) + " executes '" + i.statement->full_name +
-                                     "' but is not in its member mask " + hex(members));
+        fail(w, i, "divergence",
+             describe_thread(w, lane) + " executes '" + i.statement->full_name + "' but is not in its member mask " +
+                 hex(members));
       if (members & w.existing & ~lanes) return false;
       left &= ~members;
     }

@@ -75,7 +75,8 @@ void store(Warp& w, const Instruction& i, Mask mask) {
   for_lanes(mask, [&](int l) {
     const uint64_t address = base[l] + uint64_t(i.offset);
     uint8_t data[64];
-    for (int k = 0; k < count; ++k) std::memcpy(data + k * i.width, &w.lanes(i.source[size_t(k) + 1])[l], size_t(i.width));
+    for (int k = 0; k < count; ++k)
+      std::memcpy(data + k * i.width, &w.lanes(i.source[size_t(k) + 1])[l], size_t(i.width));
     std::memcpy(access(w, i, l, address, bytes, i.access, data), data, size_t(bytes));
   });
 }
@@ -86,21 +87,33 @@ template <class T>
 uint64_t combine(int operation, uint64_t old_bits, uint64_t b_bits, uint64_t c_bits) {
   const T old = value<T>(old_bits), b = value<T>(b_bits);
   switch (operation) {
-    case kAdd: return slot(T(old + b));
-    case kMin: return slot(std::min(old, b));
-    case kMax: return slot(std::max(old, b));
-    case kExchange: return slot(b);
-    case kCompareAndSwap: return old_bits == slot(b) ? slot(value<T>(c_bits)) : old_bits;
-    default: break;
+    case kAdd:
+      return slot(T(old + b));
+    case kMin:
+      return slot(std::min(old, b));
+    case kMax:
+      return slot(std::max(old, b));
+    case kExchange:
+      return slot(b);
+    case kCompareAndSwap:
+      return old_bits == slot(b) ? slot(value<T>(c_bits)) : old_bits;
+    default:
+      break;
   }
   if constexpr (std::is_integral_v<T>) {
     switch (operation) {
-      case kAnd: return slot(T(old & b));
-      case kOr: return slot(T(old | b));
-      case kXor: return slot(T(old ^ b));
-      case kIncrement: return slot(old >= b ? T(0) : T(old + 1));
-      case kDecrement: return slot(old == 0 || old > b ? b : T(old - 1));
-      default: break;
+      case kAnd:
+        return slot(T(old & b));
+      case kOr:
+        return slot(T(old | b));
+      case kXor:
+        return slot(T(old ^ b));
+      case kIncrement:
+        return slot(old >= b ? T(0) : T(old + 1));
+      case kDecrement:
+        return slot(old == 0 || old > b ? b : T(old - 1));
+      default:
+        break;
     }
   }
   return old_bits;
@@ -111,7 +124,8 @@ uint64_t add_halves(uint64_t old, uint64_t b, int bits) {
   constexpr Format format = std::is_same_v<T, Half> ? kF16 : kBF16;
   uint64_t result = 0;
   for (int shift = 0; shift < bits; shift += 16)
-    result |= uint64_t(encode(double(to_float(value<T>(old >> shift))) + to_float(value<T>(b >> shift)), format)) << shift;
+    result |= uint64_t(encode(double(to_float(value<T>(old >> shift))) + to_float(value<T>(b >> shift)), format))
+              << shift;
   return result;
 }
 
@@ -125,10 +139,18 @@ void atomic(Warp& w, const Instruction& i, Mask mask) {
     uint64_t old = 0, result;
     std::memcpy(&old, at, size_t(i.width));
     switch (i.submode) {
-      case 'f': result = i.width == 4 ? combine<float>(i.mode, old, b[l], c[l]) : combine<double>(i.mode, old, b[l], c[l]); break;
-      case 'h': result = add_halves<Half>(old, b[l], 8 * i.width); break;
-      case 'n': result = add_halves<BFloat>(old, b[l], 8 * i.width); break;
-      case 's': result = i.width == 4 ? combine<int32_t>(i.mode, old, b[l], c[l]) : combine<int64_t>(i.mode, old, b[l], c[l]); break;
+      case 'f':
+        result = i.width == 4 ? combine<float>(i.mode, old, b[l], c[l]) : combine<double>(i.mode, old, b[l], c[l]);
+        break;
+      case 'h':
+        result = add_halves<Half>(old, b[l], 8 * i.width);
+        break;
+      case 'n':
+        result = add_halves<BFloat>(old, b[l], 8 * i.width);
+        break;
+      case 's':
+        result = i.width == 4 ? combine<int32_t>(i.mode, old, b[l], c[l]) : combine<int64_t>(i.mode, old, b[l], c[l]);
+        break;
       default:
         result = i.width == 2   ? combine<uint16_t>(i.mode, old, b[l], c[l])
                  : i.width == 4 ? combine<uint32_t>(i.mode, old, b[l], c[l])
@@ -152,17 +174,23 @@ Space space_of(const Statement& s) {
 
 const char* space_name(Space space) {
   switch (space) {
-    case Space::Global: case Space::Const: return "global";
-    case Space::Shared: return "shared";
-    case Space::Generic: return "generic";
-    default: return "local";
+    case Space::Global:
+    case Space::Const:
+      return "global";
+    case Space::Shared:
+      return "shared";
+    case Space::Generic:
+      return "generic";
+    default:
+      return "local";
   }
 }
 
 bool decode_atomic(Decoder& d, const Statement& s, Instruction& i) {
-  static const std::map<std::string, int> kNames = {{"add", kAdd}, {"min", kMin}, {"max", kMax}, {"and", kAnd},
-                                                    {"or", kOr}, {"xor", kXor}, {"exch", kExchange},
-                                                    {"cas", kCompareAndSwap}, {"inc", kIncrement}, {"dec", kDecrement}};
+  static const std::map<std::string, int> kNames = {
+      {"add", kAdd},       {"min", kMin},      {"max", kMax},       {"and", kAnd},
+      {"or", kOr},         {"xor", kXor},      {"exch", kExchange}, {"cas", kCompareAndSwap},
+      {"inc", kIncrement}, {"dec", kDecrement}};
   i.mode = -1;
   for (const std::string& m : s.modifiers)
     if (kNames.count(m)) i.mode = kNames.at(m);

@@ -36,9 +36,9 @@ struct Instruction {
   int guard = -1;
   bool guard_negated = false;
   Sync sync = Sync::None;
-  int member_mask = -1;  // register slot
+  int member_mask = -1;                   // register slot
   int64_t offset = 0, second_offset = 0;  // of addresses
-  int target = -1;       // of a branch
+  int target = -1;                        // of a branch
   Space space = Space::Generic;
   int width = 0;  // bytes of one element in memory
   int mode = 0, submode = 0;
@@ -52,11 +52,11 @@ struct Instruction {
 struct Program {
   const Entry* entry = nullptr;
   std::vector<Instruction> code;
-  int registers = 0;                                   // slots, constants included
-  std::vector<std::pair<int, uint64_t>> constants;     // slot, value
-  std::vector<std::pair<int, std::string>> specials;   // slot, name
-  int64_t shared_bytes = 0;                            // static, from kSharedBase
-  int64_t dynamic_base = 0;                            // where dynamic shared memory begins
+  int registers = 0;                                  // slots, constants included
+  std::vector<std::pair<int, uint64_t>> constants;    // slot, value
+  std::vector<std::pair<int, std::string>> specials;  // slot, name
+  int64_t shared_bytes = 0;                           // static, from kSharedBase
+  int64_t dynamic_base = 0;                           // where dynamic shared memory begins
   int64_t local_bytes = 0;
   int carry = -1;  // slot of the carry flag of add.cc
   bool uses_wgmma = false;
@@ -106,7 +106,7 @@ struct Warp {
   int index = 0;
   Mask existing = 0, exited = 0;
   std::vector<Group> groups;
-  size_t current = 0;  // the group that executes
+  size_t current = 0;               // the group that executes
   std::vector<uint64_t> registers;  // [slot][lane]
   uint64_t steps_with_many_groups = 0;
 

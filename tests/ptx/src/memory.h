@@ -14,7 +14,8 @@ inline bool strong(Access a) { return a == Access::StrongRead || a == Access::St
 
 // Generic addresses outside of host memory. Addresses within shared memory begin above 0, so that a null pointer is out
 // of bounds, and at 1024, as on a Hopper GPU, where wgmma's swizzle depends on the absolute address.
-constexpr uint64_t kSharedWindow = uint64_t(1) << 60, kLocalWindow = uint64_t(1) << 61, kParamWindow = uint64_t(3) << 60;
+constexpr uint64_t kSharedWindow = uint64_t(1) << 60, kLocalWindow = uint64_t(1) << 61,
+                   kParamWindow = uint64_t(3) << 60;
 constexpr int64_t kSharedBase = 1024;
 
 struct Who {  // the access to be checked
@@ -27,7 +28,7 @@ struct Who {  // the access to be checked
 // State of a byte of a tensor's storage, shared with Python.
 enum : uint8_t { kNotAddressable = 0, kWritten = 1, kNeverWritten = 2 };
 
-struct GlobalCell {  // of one element
+struct GlobalCell {                     // of one element
   int write_block = 0, read_block = 0;  // plus one; all zero bytes: never accessed
   uint32_t write_clock = 0, read_clock = 0;
   uint32_t read_warps = 0;

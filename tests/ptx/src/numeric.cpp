@@ -16,11 +16,16 @@ const float* half_values() {
 
 double round_integer(double x, Rounding rounding) {
   switch (rounding) {
-    case Rounding::Zero: return std::trunc(x);
-    case Rounding::Down: return std::floor(x);
-    case Rounding::Up: return std::ceil(x);
-    case Rounding::Away: return std::copysign(std::floor(std::fabs(x) + 0.5), x);
-    default: return std::nearbyint(x);
+    case Rounding::Zero:
+      return std::trunc(x);
+    case Rounding::Down:
+      return std::floor(x);
+    case Rounding::Up:
+      return std::ceil(x);
+    case Rounding::Away:
+      return std::copysign(std::floor(std::fabs(x) + 0.5), x);
+    default:
+      return std::nearbyint(x);
   }
 }
 
@@ -48,8 +53,8 @@ uint32_t encode(double x, Format f, Rounding rounding, bool saturate) {
   const uint64_t field = uint64_t(unit + f.mantissa_bits - (1 - bias)) << f.mantissa_bits;
   const uint64_t magnitude = field + uint64_t(mantissa);
   if (magnitude <= largest) return sign | uint32_t(magnitude);
-  const bool towards_zero = rounding == Rounding::Zero || (rounding == Rounding::Down && !sign) ||
-                            (rounding == Rounding::Up && sign);
+  const bool towards_zero =
+      rounding == Rounding::Zero || (rounding == Rounding::Down && !sign) || (rounding == Rounding::Up && sign);
   return sign | (towards_zero ? largest : overflow);
 }
 

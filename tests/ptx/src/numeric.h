@@ -55,12 +55,15 @@ uint64_t slot(T value) {
 
 inline float flush(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
 
-// Sets the rounding of the host's float arithmetic while it lives; the files that use it are built with -frounding-math.
+// Sets the rounding of the host's float arithmetic while it lives; the files that use it are built with
+// -frounding-math.
 class HostRounding {
  public:
   explicit HostRounding(Rounding rounding) : changed_(rounding != Rounding::Nearest && rounding != Rounding::Away) {
     if (changed_)
-      std::fesetround(rounding == Rounding::Zero ? FE_TOWARDZERO : rounding == Rounding::Down ? FE_DOWNWARD : FE_UPWARD);
+      std::fesetround(rounding == Rounding::Zero   ? FE_TOWARDZERO
+                      : rounding == Rounding::Down ? FE_DOWNWARD
+                                                   : FE_UPWARD);
   }
   ~HostRounding() {
     if (changed_) std::fesetround(FE_TONEAREST);

@@ -15,12 +15,15 @@ int type_bits(const std::string& type) {
 }
 
 bool is_special_register(const std::string& name) {
-  static const char* const kNames[] = {"%tid.x",    "%tid.y",    "%tid.z",    "%ntid.x",       "%ntid.y",
-                                       "%ntid.z",   "%ctaid.x",  "%ctaid.y",  "%ctaid.z",      "%nctaid.x",
-                                       "%nctaid.y", "%nctaid.z", "%laneid",   "%warpid",       "%lanemask_eq",
-                                       "%lanemask_lt", "%lanemask_le", "%lanemask_gt", "%lanemask_ge", "%nwarpid",
-                                       "%dynamic_smem_size", "%total_smem_size", "%cluster_ctaid.x",
-                                       "%cluster_ctarank", "%cluster_nctarank"};
+  static const char* const kNames[] = {"%tid.x",           "%tid.y",           "%tid.z",
+                                       "%ntid.x",          "%ntid.y",          "%ntid.z",
+                                       "%ctaid.x",         "%ctaid.y",         "%ctaid.z",
+                                       "%nctaid.x",        "%nctaid.y",        "%nctaid.z",
+                                       "%laneid",          "%warpid",          "%lanemask_eq",
+                                       "%lanemask_lt",     "%lanemask_le",     "%lanemask_gt",
+                                       "%lanemask_ge",     "%nwarpid",         "%dynamic_smem_size",
+                                       "%total_smem_size", "%cluster_ctaid.x", "%cluster_ctarank",
+                                       "%cluster_nctarank"};
   for (const char* known : kNames)
     if (name == known) return true;
   return false;
@@ -226,8 +229,8 @@ class Parser {
         entry_.labels.emplace(found->second, target.name);
       } else if (!scopes_.empty()) {
         scopes_.back().branches.push_back({statement, operand});
-      } else {
-        throw Error("syntax", "unknown name '" + target.name + "'", entry_.code[statement].line);
+      } else if (entry_.code[statement].opcode == "bra") {
+        throw Error("syntax", "unknown label '" + target.name + "'", entry_.code[statement].line);
       }
     }
   }
@@ -294,8 +297,7 @@ class Parser {
       if (what == "function_name") {
         name();
         if (accept("+")) integer();
-      }
-      else
+      } else
         for (int i = 0; i < 3; ++i) integer();
     }
   }
@@ -343,6 +345,12 @@ class Parser {
     } else if (accept("{")) {
       result.kind = Operand::Vector;
       while (!accept("}")) {
+        result.list.push_back(operand());
+        accept(",");
+      }
+    } else if (accept("(")) {  // of a call, which the decoder refuses by name
+      result.kind = Operand::Vector;
+      while (!accept(")")) {
         result.list.push_back(operand());
         accept(",");
       }

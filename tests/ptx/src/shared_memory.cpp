@@ -140,7 +140,8 @@ void SharedMemory::mark_barrier(int64_t offset, bool is_barrier) {
 void SharedMemory::check_barrier(const Who& who, int64_t offset) const {
   bounds(offset, 8);
   const Cell& cell = cells_[size_t(offset - kSharedBase)];
-  if (!cell.barrier) throw Error("mbarrier", "mbarrier used before mbarrier.init" + place(size_t(offset - kSharedBase)));
+  if (!cell.barrier)
+    throw Error("mbarrier", "mbarrier used before mbarrier.init" + place(size_t(offset - kSharedBase)));
   if (cell.write_clock > who.seen[cell.write_thread / 32] && cell.write_thread != who.warp * 32 + who.lane)
     throw Error("shared-hazard", "mbarrier used with no barrier after its init by " + thread_name(cell.write_thread));
 }

@@ -10,8 +10,8 @@ namespace ptx {
 
 struct Operand {
   enum Kind { Register, Integer, Float32, Float64, Vector, Address, Symbol, Label, Sink } kind = Sink;
-  int index = -1;     // of a register, of the base register of an address, or of the target of a label
-  uint64_t bits = 0;  // of an immediate
+  int index = -1;      // of a register, of the base register of an address, or of the target of a label
+  uint64_t bits = 0;   // of an immediate
   int64_t offset = 0;  // of an address or a symbol
   bool negated = false;
   std::string name;           // of a symbol or label; the base symbol of an address

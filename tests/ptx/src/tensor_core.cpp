@@ -13,10 +13,9 @@ int element_bits(Element type) {
 }
 
 bool parse_element(const std::string& name, Element& type) {
-  static const std::map<std::string, Element> kNames = {{"f16", Element::F16}, {"bf16", Element::BF16},
-                                                        {"tf32", Element::TF32}, {"e4m3", Element::E4M3},
-                                                        {"e5m2", Element::E5M2}, {"s8", Element::S8},
-                                                        {"u8", Element::U8}};
+  static const std::map<std::string, Element> kNames = {
+      {"f16", Element::F16},   {"bf16", Element::BF16}, {"tf32", Element::TF32}, {"e4m3", Element::E4M3},
+      {"e5m2", Element::E5M2}, {"s8", Element::S8},     {"u8", Element::U8}};
   const auto found = kNames.find(name);
   if (found != kNames.end()) type = found->second;
   return found != kNames.end();
@@ -24,13 +23,20 @@ bool parse_element(const std::string& name, Element& type) {
 
 float element_value(uint32_t bits, Element type) {
   switch (type) {
-    case Element::F16: return to_float(Half{uint16_t(bits)});
-    case Element::BF16: return to_float(BFloat{uint16_t(bits)});
-    case Element::TF32: return value<float>(bits & ~0x1fffu);  // the hardware reads 19 bits
-    case Element::E4M3: return float(decode(bits & 0xff, kE4M3));
-    case Element::E5M2: return float(decode(bits & 0xff, kE5M2));
-    case Element::S8: return float(int8_t(bits));
-    default: return float(uint8_t(bits));
+    case Element::F16:
+      return to_float(Half{uint16_t(bits)});
+    case Element::BF16:
+      return to_float(BFloat{uint16_t(bits)});
+    case Element::TF32:
+      return value<float>(bits & ~0x1fffu);  // the hardware reads 19 bits
+    case Element::E4M3:
+      return float(decode(bits & 0xff, kE4M3));
+    case Element::E5M2:
+      return float(decode(bits & 0xff, kE5M2));
+    case Element::S8:
+      return float(int8_t(bits));
+    default:
+      return float(uint8_t(bits));
   }
 }
 

@@ -15,16 +15,23 @@ void shuffle(Warp& w, const Instruction& i, Mask mask) {
     const int low = l & segment, high = low | (clamp & ~segment);
     int from = 0;
     switch (i.mode) {
-      case kUp: from = l - n; break;
-      case kDown: from = l + n; break;
-      case kButterfly: from = l ^ n; break;
-      default: from = low | (n & ~segment);
+      case kUp:
+        from = l - n;
+        break;
+      case kDown:
+        from = l + n;
+        break;
+      case kButterfly:
+        from = l ^ n;
+        break;
+      default:
+        from = low | (n & ~segment);
     }
     in_range[l] = i.mode == kUp ? from >= high : from <= high;
     if (!in_range[l]) from = l;
     if (!(mask >> from & 1))
-      fail(w, i, "divergence", describe_thread(w, l) + " shuffles from lane " + std::to_string(from) +
-                                   ", which does not take part");
+      fail(w, i, "divergence",
+           describe_thread(w, l) + " shuffles from lane " + std::to_string(from) + ", which does not take part");
     results[l] = a[from] & 0xffffffff;
   });
   for_lanes(mask, [&](int l) {
@@ -64,12 +71,23 @@ void reduce(Warp& w, const Instruction& i, Mask mask) {
   for_lanes(mask & (mask - 1), [&](int l) {
     const T x = value<T>(w.lanes(i.source[0])[l]);
     switch (i.mode) {
-      case 0: result = T(result + x); break;
-      case 1: result = std::min(result, x); break;
-      case 2: result = std::max(result, x); break;
-      case 3: result = T(result & x); break;
-      case 4: result = T(result | x); break;
-      default: result = T(result ^ x);
+      case 0:
+        result = T(result + x);
+        break;
+      case 1:
+        result = std::min(result, x);
+        break;
+      case 2:
+        result = std::max(result, x);
+        break;
+      case 3:
+        result = T(result & x);
+        break;
+      case 4:
+        result = T(result | x);
+        break;
+      default:
+        result = T(result ^ x);
     }
   });
   for_lanes(mask, [&](int l) { w.lanes(i.destination[0])[l] = slot(result); });

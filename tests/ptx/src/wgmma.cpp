@@ -26,8 +26,7 @@ struct Matrix {
 
   // K-major: rows of K bytes, eight to a group. Without swizzle LBO steps along K, from one 16-byte column to the next.
   int64_t k_major(int row, int k_bytes) const {
-    if (swizzle == 16)
-      return start + row / 8 * stride + row % 8 * 16 + k_bytes / 16 * leading + k_bytes % 16;
+    if (swizzle == 16) return start + row / 8 * stride + row % 8 * 16 + k_bytes / 16 * leading + k_bytes % 16;
     return permute(start + row / 8 * stride + row % 8 * swizzle + k_bytes);
   }
   // MN-major: rows of MN bytes, eight k to a group. LBO steps along MN from one swizzled row to the next, SBO from one
@@ -39,9 +38,10 @@ struct Matrix {
   }
 };
 
-// Reads size x depth elements to out[row][k] and notes the 16-byte units they lie in.
+// Reads size x depth elements and notes the 16-byte units they lie in. Element (row, k) goes to
+// out[row * row_step + k * k_step].
 void read_matrix(Warp& w, const Instruction& i, uint64_t descriptor, int size, int depth, bool mn_major, Element type,
-                 std::vector<float>& out, std::vector<int64_t>& units) {
+                 int row_step, int k_step, std::vector<float>& out, std::vector<int64_t>& units) {
   if (descriptor >> 49 & 7) fail(w, i, "unsupported", "wgmma descriptor with a base offset");
   const Matrix matrix(descriptor);
   const int bytes = element_bits(type) / 8;
@@ -54,7 +54,7 @@ void read_matrix(Warp& w, const Instruction& i, uint64_t descriptor, int size, i
       shared.bounds(address, bytes);
       uint32_t bits = 0;
       std::memcpy(&bits, shared.at(address), size_t(bytes));
-      out[size_t(row) * depth + k] = element_value(bits, type);
+      out[size_t(row) * row_step + size_t(k) * k_step] = element_value(bits, type);
       if (units.size() == first || units.back() != address / 16) units.push_back(address / 16);
     }
   std::sort(units.begin() + long(first), units.end());
@@ -99,30 +99,34 @@ void multiply(Warp& w, const Instruction& i, Mask) {
       const uint64_t* lanes = w.lanes(i.source[size_t(r)]);
       for (int l = 0; l < kLanes; ++l)
         for (int e = 0; e < per_register; ++e)
-          a[size_t(first_row + l / 4 + 8 * (r & 1)) * depth + per_register * (l % 4) + 4 * per_register * (r >> 1) + e] =
-              element_value(uint32_t(lanes[l]) >> (e * 32 / per_register), type);
+          a[size_t(first_row + l / 4 + 8 * (r & 1)) * depth + per_register * (l % 4) + 4 * per_register * (r >> 1) +
+            e] = element_value(uint32_t(lanes[l]) >> (e * 32 / per_register), type);
     }
   } else {
-    read_matrix(w, i, w.lanes(i.source[0])[0], 64, depth, trans_a, type, a, w.wgmma_open.units);
+    read_matrix(w, i, w.lanes(i.source[0])[0], 64, depth, trans_a, type, depth, 1, a, w.wgmma_open.units);
   }
-  read_matrix(w, i, w.lanes(i.source[b_at])[0], n, depth, trans_b, type, b, w.wgmma_open.units);
+  read_matrix(w, i, w.lanes(i.source[b_at])[0], n, depth, trans_b, type, 1, n, b, w.wgmma_open.units);
 
-  for (int row = 0; row < 16; ++row)
+  for (int row = 0; row < 16; ++row) {
+    float sums[256] = {};
+    for (int k = 0; k < depth; ++k) {
+      const float x = a[size_t(first_row + row) * depth + k], *y = &b[size_t(k) * n];
+      for (int column = 0; column < n; ++column) sums[column] += x * y[column];
+    }
     for (int column = 0; column < n; ++column) {
-      const float *x = &a[size_t(first_row + row) * depth], *y = &b[size_t(column) * depth];
-      float sum = 0;
-      for (int k = 0; k < depth; ++k) sum += x[k] * y[k];
       const int lane = row % 8 * 4 + column % 8 / 2, r = column / 8 * 4 + row / 8 * 2 + column % 2;
       if (half) {
         uint64_t& d = w.lanes(i.destination[size_t(r / 2)])[lane];
         const int shift = 16 * (r % 2);
         const double old = accumulate ? to_float(value<Half>(d >> shift)) : 0.0;
-        d = (d & ~(uint64_t(0xffff) << shift) & 0xffffffff) | uint64_t(encode(sign * sum + old, kF16)) << shift;
+        d = (d & ~(uint64_t(0xffff) << shift) & 0xffffffff) | uint64_t(encode(sign * sums[column] + old, kF16))
+                                                                  << shift;
       } else {
         uint64_t& d = w.lanes(i.destination[size_t(r)])[lane];
-        d = slot(sign * sum + (accumulate ? value<float>(d) : 0.0f));
+        d = slot(sign * sums[column] + (accumulate ? value<float>(d) : 0.0f));
       }
     }
+  }
   for (const int slot : i.destination) hold(w, slot, w.launch->serialised_accumulators ? 0 : 2);
   w.launch->counters.tensor_operations += uint64_t(2) * 16 * n * depth;
 }
