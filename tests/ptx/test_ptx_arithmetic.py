@@ -245,7 +245,8 @@ def test_compare_and_select(ptx):
         ("num", [1, 0, 1]),
     ]:
         assert run(ptx, f"setp.{comparison}.f32 %p1, %i0, %i1; selp.b32 %o0, 1, 0, %p1;", a, b).tolist() == want
-    lines = "setp.gt.s32 %p1, %i0, 0; setp.lt.and.s32 %p2|%p3, %i0, %i1, %p1; selp.b32 %o0, 1, 0, %p2; selp.b32 %o1, 1, 0, %p3;"
+    lines = """setp.gt.s32 %p1, %i0, 0; setp.lt.and.s32 %p2|%p3, %i0, %i1, %p1;
+    selp.b32 %o0, 1, 0, %p2; selp.b32 %o1, 1, 0, %p3;"""
     p, q = run(ptx, lines, [1, -1, 5], [2, 2, 2], out=[I32, I32])
     assert p.tolist() == [1, 0, 0] and q.tolist() == [0, 0, 1]
     assert run(ptx, "setp.lo.u32 %p1, %i0, %i1; selp.b32 %o0, 1, 0, %p1;", [-1], [1]).tolist() == [0]
@@ -258,5 +259,5 @@ def test_unknown_instruction_is_named_with_its_line(ptx):
     with pytest.raises(ptx.PTXError, match=r"unknown instruction 'frobnicate\.b32'") as caught:
         run(ptx, "\nfrobnicate.b32 %o0, %i0;", [1])
     assert caught.value.kind == "unsupported" and caught.value.line > 0
-    with pytest.raises(ptx.PTXError, match="add.rn.f128"):
+    with pytest.raises(ptx.PTXError, match=r"add\.rn\.f128"):
         run(ptx, "add.rn.f128 %o0, %i0, %i0;", [1])

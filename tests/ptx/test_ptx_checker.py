@@ -133,7 +133,8 @@ def test_divergence(ptx):
     assert kind_of(ptx, "setp.lt.u32 %p1, %r0, 32; @%p1 bar.sync 1; @!%p1 bar.sync 2;", x, block=64) == "barrier"
 
 
-COPY = """.shared .align 16 .b8 s[1024]; mov.u32 %r9, s; shl.b32 %r1, %r0, 4; cvt.u64.u32 %d1, %r1; add.u32 %r1, %r1, %r9;
+COPY = """.shared .align 16 .b8 s[1024]; mov.u32 %r9, s; shl.b32 %r1, %r0, 4; cvt.u64.u32 %d1, %r1;
+    add.u32 %r1, %r1, %r9;
     add.u64 %d1, %d1, %d40; {before} cp.async.cg.shared.global [%r1], [%d1], 16; cp.async.commit_group; {wait}
     xor.b32 %r2, %r1, {other}; ld.shared.u32 %r3, [%r2];"""
 

@@ -45,7 +45,8 @@ def test_endless_loop_is_reported(ptx):
 
 @pytest.mark.parametrize(
     ("mode", "clamp", "want"),
-    [("bfly", 31, [lane ^ 3 for lane in range(32)]), ("down", 31, [min(lane + 3, lane if lane > 28 else 31) for lane in range(32)]),
+    [("bfly", 31, [lane ^ 3 for lane in range(32)]), 
+     ("down", 31, [lane + 3 if lane < 29 else lane for lane in range(32)]),
      ("up", 0, [lane - 3 if lane >= 3 else lane for lane in range(32)]), ("idx", 31, [3] * 32),
      ("down", 0x181F, [lane + 3 if lane % 8 < 5 else lane for lane in range(32)]),
      ("idx", 0x181F, [lane // 8 * 8 + 3 for lane in range(32)])],
@@ -117,7 +118,8 @@ def test_generic_and_local_addresses(ptx):
     assert out.tolist() == list(range(32))
 
 
-ATOMICS = [("add.u32", 7, 10), ("min.s32", -3, -3), ("max.s32", 5, 5), ("and.b32", 1, 1), ("or.b32", 8, 11), ("xor.b32", 1, 2),
+ATOMICS = [("add.u32", 7, 10), ("min.s32", -3, -3), ("max.s32", 5, 5), ("and.b32", 1, 1), ("or.b32", 8, 11),
+           ("xor.b32", 1, 2),
            ("exch.b32", 9, 9), ("inc.u32", 3, 0), ("inc.u32", 9, 4), ("dec.u32", 9, 2)]  # fmt: skip
 
 
@@ -136,7 +138,8 @@ def test_atomics_of_many_threads(ptx):
     total, cell = torch.zeros(1), torch.zeros(1, dtype=torch.int32)
     body = """red.global.add.f32 [%d40], 0f3F000000; atom.global.cas.b32 %r1, [%d41], %r0, 77;
     .shared .align 4 .b32 counter; setp.eq.s32 %p1, %r0, 0; @%p1 st.shared.u32 [counter], 0; bar.sync 0;
-    atom.shared.add.u32 %r2, [counter], 1; bar.sync 0; ld.shared.u32 %r3, [counter]; setp.ne.u32 %p2, %r3, 64; @%p2 trap;"""
+    atom.shared.add.u32 %r2, [counter], 1; bar.sync 0; ld.shared.u32 %r3, [counter]; setp.ne.u32 %p2, %r3, 64;
+    @%p2 trap;"""
     launch(ptx, body, total, cell, block=64, grid=3)
     assert total.item() == 96 and cell.item() == 77
 
@@ -147,7 +150,8 @@ def test_named_barriers_and_arrive(ptx):
     body = """.shared .align 4 .b32 buffer[64]; mov.u32 %r9, buffer;
     setp.ge.u32 %p1, %r0, 64; @%p1 bra consume;
     shl.b32 %r1, %r0, 2; add.u32 %r1, %r1, %r9; st.shared.u32 [%r1], %r0; bar.arrive 1, 128; ret;
-    consume: bar.sync 1, 128; sub.u32 %r2, 127, %r0; shl.b32 %r3, %r2, 2; add.u32 %r3, %r3, %r9; ld.shared.u32 %r4, [%r3];
+    consume: bar.sync 1, 128; sub.u32 %r2, 127, %r0; shl.b32 %r3, %r2, 2; add.u32 %r3, %r3, %r9;
+    ld.shared.u32 %r4, [%r3];
     sub.u32 %r5, %r0, 64; mul.wide.u32 %d1, %r5, 4; add.u64 %d1, %d1, %d40; st.global.u32 [%d1], %r4;"""
     for seed in range(5):
         launch(ptx, body, out, block=128, seed=seed, poison=["p0"])
@@ -163,18 +167,23 @@ def test_exited_threads_do_not_hold_a_barrier(ptx):
 
 def test_barrier_reductions(ptx):
     count = torch.zeros(1, dtype=torch.int32)
-    body = """setp.lt.u32 %p1, %r0, 5; bar.red.popc.u32 %r1, 0, %p1; bar.red.and.pred %p2, 0, %p1; bar.red.or.pred %p3, 0, %p1;
+    body = """setp.lt.u32 %p1, %r0, 5; bar.red.popc.u32 %r1, 0, %p1; bar.red.and.pred %p2, 0, %p1;
+    bar.red.or.pred %p3, 0, %p1;
     @%p2 trap; @!%p3 trap; setp.ne.u32 %p4, %r1, 5; @%p4 trap;"""
     launch(ptx, body, count, block=64)
 
 
 def test_mbarrier_hands_data_over(ptx):
     out = torch.empty(32, dtype=torch.int32)
-    body = """.shared .align 8 .b64 ready; .shared .align 4 .b32 buffer[32]; mov.u32 %r9, buffer; and.b32 %r8, %r0, 31;
-    setp.eq.u32 %p1, %r0, 0; @%p1 mbarrier.init.shared::cta.b64 [ready], 32; bar.sync 0; shl.b32 %r1, %r8, 2; add.u32 %r1, %r1, %r9;
-    setp.ge.u32 %p2, %r0, 32; @%p2 bra wait; st.shared.u32 [%r1], %r0; mbarrier.arrive.shared::cta.b64 %d1, [ready]; ret;
+    body = """.shared .align 8 .b64 ready; .shared .align 4 .b32 buffer[32]; mov.u32 %r9, buffer;
+    and.b32 %r8, %r0, 31;
+    setp.eq.u32 %p1, %r0, 0; @%p1 mbarrier.init.shared::cta.b64 [ready], 32; bar.sync 0; shl.b32 %r1, %r8, 2;
+    add.u32 %r1, %r1, %r9;
+    setp.ge.u32 %p2, %r0, 32; @%p2 bra wait; st.shared.u32 [%r1], %r0; mbarrier.arrive.shared::cta.b64 %d1, [ready];
+    ret;
     wait: mbarrier.try_wait.parity.shared::cta.b64 %p3, [ready], 0; @!%p3 bra wait;
-    xor.b32 %r1, %r1, 4; ld.shared.u32 %r2, [%r1]; mul.wide.u32 %d2, %r8, 4; add.u64 %d2, %d2, %d40; st.global.u32 [%d2], %r2;"""
+    xor.b32 %r1, %r1, 4; ld.shared.u32 %r2, [%r1]; mul.wide.u32 %d2, %r8, 4; add.u64 %d2, %d2, %d40;
+    st.global.u32 [%d2], %r2;"""
     for seed in range(5):
         launch(ptx, body, out, block=64, seed=seed, poison=["p0"], target="sm_90")
         assert out.tolist() == [lane ^ 1 for lane in range(32)]
@@ -182,7 +191,8 @@ def test_mbarrier_hands_data_over(ptx):
 
 def test_cp_async_fills_with_zeros(ptx):
     source, out = torch.arange(8, dtype=torch.int32), torch.empty(8, dtype=torch.int32)
-    body = """.shared .align 16 .b8 buffer[32]; setp.ne.u32 %p1, %r0, 0; @%p1 ret; mov.u32 %r1, buffer; mov.u32 %r2, 8;
+    body = """.shared .align 16 .b8 buffer[32]; setp.ne.u32 %p1, %r0, 0; @%p1 ret; mov.u32 %r1, buffer;
+    mov.u32 %r2, 8;
     cp.async.cg.shared.global [%r1], [%d40], 16, %r2; cp.async.ca.shared.global [%r1+16], [%d40+16], 16;
     cp.async.wait_all; ld.shared.v4.b32 {%r3, %r4, %r5, %r6}, [%r1]; st.global.v4.b32 [%d41], {%r3, %r4, %r5, %r6};
     ld.shared.v4.b32 {%r3, %r4, %r5, %r6}, [%r1+16]; st.global.v4.b32 [%d41+16], {%r3, %r4, %r5, %r6};"""
@@ -194,11 +204,14 @@ def test_cp_async_fills_with_zeros(ptx):
 def test_ldmatrix_and_stmatrix(ptx, trans):
     """Through registers and back: the matrices, transposed where one of the two transposes."""
     source, out = torch.arange(256, dtype=torch.int16), torch.empty(256, dtype=torch.int16)
-    body = f""".shared .align 16 .b8 buffer[512]; mov.u32 %r9, buffer; shl.b32 %r1, %r0, 4; cvt.u64.u32 %d1, %r1; add.u64 %d2, %d40, %d1;
-    add.u32 %r2, %r9, %r1; ld.global.v4.b32 {{%r3, %r4, %r5, %r6}}, [%d2]; st.shared.v4.b32 [%r2], {{%r3, %r4, %r5, %r6}}; bar.warp.sync -1;
+    body = f""".shared .align 16 .b8 buffer[512]; mov.u32 %r9, buffer; shl.b32 %r1, %r0, 4; cvt.u64.u32 %d1, %r1;
+    add.u64 %d2, %d40, %d1;
+    add.u32 %r2, %r9, %r1; ld.global.v4.b32 {{%r3, %r4, %r5, %r6}}, [%d2];
+    st.shared.v4.b32 [%r2], {{%r3, %r4, %r5, %r6}}; bar.warp.sync -1;
     ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%r3, %r4, %r5, %r6}}, [%r2]; bar.warp.sync -1;
     stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r2], {{%r3, %r4, %r5, %r6}}; bar.warp.sync -1;
-    ld.shared.v4.b32 {{%r3, %r4, %r5, %r6}}, [%r2]; add.u64 %d3, %d41, %d1; st.global.v4.b32 [%d3], {{%r3, %r4, %r5, %r6}};"""
+    ld.shared.v4.b32 {{%r3, %r4, %r5, %r6}}, [%r2]; add.u64 %d3, %d41, %d1;
+    st.global.v4.b32 [%d3], {{%r3, %r4, %r5, %r6}};"""
     launch(ptx, body, source, out, poison=["p1"], target="sm_90")
     matrices = source.view(4, 8, 8)
     assert torch.equal(out.view(4, 8, 8), matrices.transpose(1, 2) if trans else matrices)
@@ -223,7 +236,8 @@ def mma(ptx, shape, types, a, b, element_bits):
     names = [f"%i{k}" for k in range(len(columns))]
     left_names, right_names = ", ".join(names[: left.shape[1]]), ", ".join(names[left.shape[1] :])
     zero = "0f00000000" if types.startswith("f32") else "0"
-    lines = f"mma.sync.aligned.{shape}.row.col.{types} {{%o0, %o1, %o2, %o3}}, {{{left_names}}}, {{{right_names}}}, {{{zero}, {zero}, {zero}, {zero}}};"
+    fragments = f"{{%o0, %o1, %o2, %o3}}, {{{left_names}}}, {{{right_names}}}, {{{zero}, {zero}, {zero}, {zero}}}"
+    lines = f"mma.sync.aligned.{shape}.row.col.{types} {fragments};"
     dtype = torch.float32 if types.startswith("f32") else torch.int32
     outs = torch.stack(run(ptx, lines, *columns, out=[dtype] * 4))  # [4, 32]
     result = torch.empty(16, 8, dtype=dtype)
@@ -234,7 +248,8 @@ def mma(ptx, shape, types, a, b, element_bits):
 
 MMA = [("m16n8k16", "f32.f16.f16.f32", torch.float16), ("m16n8k16", "f32.bf16.bf16.f32", torch.bfloat16),
        ("m16n8k8", "f32.f16.f16.f32", torch.float16), ("m16n8k8", "f32.tf32.tf32.f32", torch.float32),
-       ("m16n8k4", "f32.tf32.tf32.f32", torch.float32), ("m16n8k32", "f32.e4m3.e4m3.f32", torch.float8_e4m3fn)]  # fmt: skip
+       ("m16n8k4", "f32.tf32.tf32.f32", torch.float32), 
+       ("m16n8k32", "f32.e4m3.e4m3.f32", torch.float8_e4m3fn)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("shape", "types", "dtype"), MMA, ids=[f"{c[0]}-{c[1]}" for c in MMA])

@@ -22,8 +22,8 @@ def test_syntax_errors(ptx, line):
 @pytest.mark.parametrize(
     "line",
     ["call.uni foo, (%r1);", "tex.2d.v4.f32.f32 {%f1, %f2, %f3, %f4}, [%d1];", "cp.async.bulk.commit_group;",
-     "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%d1, %d2}, {%d3}, {%d4}, {%d1, %d2};", "ld.shared::cluster.u32 %r1, [%r2];",
-     "atom.global.sub.u32 %r1, [%d1], 5;", "brx.idx %r1, table;"],
+     "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%d1, %d2}, {%d3}, {%d4}, {%d1, %d2};", 
+     "ld.shared::cluster.u32 %r1, [%r2];", "atom.global.sub.u32 %r1, [%d1], 5;", "brx.idx %r1, table;"],
 )  # fmt: skip
 def test_unknown_instructions(ptx, line):
     with pytest.raises(ptx.PTXError, match="unknown instruction '" + line.split()[0].rstrip(";")) as caught:

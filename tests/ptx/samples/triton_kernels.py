@@ -87,7 +87,10 @@ TYPES = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
 
 
 def matmul(dtype: str, capability: int, accumulator=tl.float32, depth: int = 32, **options):
-    """matmul_kernel with tiles of 64 x 64 x depth; arguments a, b, c, M, N, K, strides of a, strides of b, row stride of c."""
+    """matmul_kernel with tiles of 64 x 64 x depth.
+
+    Arguments: a, b, c, M, N, K, strides of a, strides of b, row stride of c.
+    """
     signature = dict.fromkeys(("a", "b", "c"), TYPES[dtype])
     signature |= dict.fromkeys(("M", "N", "K", "sam", "sak", "sbk", "sbn", "scm"), "i32")
     constants = {"BM": 64, "BN": 64, "BK": depth, "ACC": accumulator}
