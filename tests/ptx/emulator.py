@@ -188,7 +188,8 @@ class Module:
         """Runs ``entry`` on tensors in place; raises PTXError at the first thing the checker objects to.
 
         args: a list, or a dict whose keys name the tensors in messages; tensors (their address is passed), ints,
-            floats, or bytes for a struct passed by value. Missing trailing parameters are null pointers (Triton's two extra ones).
+            floats, or bytes for a struct passed by value. Missing trailing parameters are null pointers (Triton has
+            two extra ones).
         poison: names (or positions) of tensors whose contents count as never written; they are filled with NaN.
         tensors: further tensors that the kernel may touch, by name: those that a struct points to.
         check_lanes: report hazards between lanes of one warp too, not only between warps.
