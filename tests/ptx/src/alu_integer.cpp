@@ -258,6 +258,20 @@ void funnel_shift(Warp& w, const Instruction& i, Mask mask) {
   });
 }
 
+// dp4a: c plus four products of bytes; mode and submode: the bytes of a and b are signed.
+void dot_of_bytes(Warp& w, const Instruction& i, Mask mask) {
+  const uint64_t *a = w.lanes(i.source[0]), *b = w.lanes(i.source[1]), *c = w.lanes(i.source[2]);
+  uint64_t* d = w.lanes(i.destination[0]);
+  const auto byte = [](uint64_t bits, int k, bool is_signed) {
+    return is_signed ? int32_t(int8_t(bits >> (8 * k))) : int32_t(uint8_t(bits >> (8 * k)));
+  };
+  for_lanes(mask, [&](int l) {
+    int32_t sum = int32_t(c[l]);
+    for (int k = 0; k < 4; ++k) sum += byte(a[l], k, i.mode) * byte(b[l], k, i.submode);
+    d[l] = slot(sum);
+  });
+}
+
 template <class T>
 struct WithCarry {  // add.cc, addc, sub.cc, subc; mode 1: subtract, flag: reads the carry, submode: writes it
   static void run(Warp& w, const Instruction& i, Mask mask) {
@@ -346,6 +360,11 @@ Handler select(Decoder& d, const Statement& s, Instruction& i, Type type) {
   if (op == "cnot") return for_integer<Bind<CNot>::Unary>(type);
   if (op == "lop3") return lookup_logic;
   if (op == "prmt" && s.modifiers.size() == 1) return permute_bytes;
+  if (op == "dp4a") {
+    i.mode = type.kind == 's';
+    i.submode = d.type(s, 1).kind == 's';
+    return dot_of_bytes;
+  }
   if (op == "shf") {
     i.mode = s.has("r");
     i.flag = s.has("wrap");

@@ -74,7 +74,8 @@ std::vector<Token> tokenize(const std::string& text) {
       const char* begin = p;
       if (starts_name(*p)) {
         token.kind = Token::Name;
-        while (continues_name(*p) || (p[0] == ':' && p[1] == ':') || (p[0] == ':' && p > begin && p[-1] == ':')) ++p;
+        const bool directive = *p++ == '.';  // ".reg.b32" is two, "add.s32" is one
+        while ((continues_name(*p) && !(directive && *p == '.')) || (p[0] == ':' && (p[1] == ':' || p[-1] == ':'))) ++p;
         token.text.assign(begin, p);
       } else if (*p == '"') {
         token.kind = Token::String;
