@@ -134,6 +134,16 @@ def test_float_special_values(ptx):
     ]
 
 
+def test_blackwell_pairs_and_three_operands(ptx):
+    x = torch.tensor([1.0, 2.0, 3.0, -4.0]).view(torch.int64)
+    fused = run(ptx, "fma.rn.f32x2 %o0, %i0, %i0, %i0;", x, out=torch.int64)
+    assert fused.view(torch.float32).tolist() == [2.0, 6.0, 12.0, 12.0]
+    difference = run(ptx, "sub.f32x2 %o0, %i0, %i1;", x, x.flip(0), out=torch.int64)
+    assert difference.view(torch.float32).tolist() == [-2.0, 6.0, 2.0, -6.0]
+    a, b, c = torch.tensor([1.0, 5.0]), torch.tensor([2.0, 4.0]), torch.tensor([3.0, math.nan])
+    assert run(ptx, "max.f32 %o0, %i0, %i1, %i2;", a, b, c, out=torch.float32).tolist() == [3.0, 5.0]
+
+
 @pytest.mark.parametrize(
     ("opcode", "function"),
     [("ex2.approx.f32", torch.exp2), ("lg2.approx.f32", torch.log2), ("rcp.approx.f32", torch.reciprocal),

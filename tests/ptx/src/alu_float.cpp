@@ -46,6 +46,13 @@ struct Extreme {  // mode 1: .NaN; else a NaN loses to a number
     return (a > b) == kLarger ? a : b;
   }
 };
+template <bool kLarger>
+struct Extreme3 {
+  template <class T>
+  static T apply(T a, T b, T c, I i) {
+    return Extreme<kLarger>::apply(Extreme<kLarger>::apply(a, b, i), c, i);
+  }
+};
 struct Neg {
   template <class T>
   static T apply(T a, I) {
@@ -152,6 +159,34 @@ void run3(Warp& w, I i, Mask mask) {
   });
 }
 
+// f32x2 of Blackwell: two floats in a 64-bit register. mode: 0 add, 1 sub, 2 mul, 3 fma.
+void run_pair(Warp& w, I i, Mask mask) {
+  const HostRounding rounding(i.rounding);
+  const uint64_t *a = w.lanes(i.source[0]), *b = w.lanes(i.source[1]), *c = w.lanes(i.source.back());
+  uint64_t* d = w.lanes(i.destination[0]);
+  for_lanes(mask, [&](int l) {
+    uint64_t result = 0;
+    for (int shift = 0; shift < 64; shift += 32) {
+      const float x = operand<float>(a[l] >> shift, i), y = operand<float>(b[l] >> shift, i);
+      const float z = operand<float>(c[l] >> shift, i);
+      const float r = i.mode == 0 ? x + y : i.mode == 1 ? x - y : i.mode == 2 ? x * y : std::fma(x, y, z);
+      result |= slot(finish(r, i)) << shift;
+    }
+    d[l] = result;
+  });
+}
+
+bool decode_pair(Decoder& d, const Statement& s, Instruction& i) {
+  static const std::map<std::string, int> kNames = {{"add", 0}, {"sub", 1}, {"mul", 2}, {"fma", 3}};
+  const auto found = kNames.find(s.opcode);
+  if (found == kNames.end()) return false;
+  i.mode = found->second;
+  i.run = run_pair;
+  i.category = "float";
+  d.bind(s, i, 1);
+  return true;
+}
+
 template <class T>
 Handler select(const Statement& s) {
   const std::string& op = s.opcode;
@@ -162,6 +197,8 @@ Handler select(const Statement& s) {
   if (op == "fma" || op == "mad") return run3<Fma, T>;
   if (op == "min" && s.operands.size() == 3) return run2<Extreme<false>, T>;
   if (op == "max" && s.operands.size() == 3) return run2<Extreme<true>, T>;
+  if (op == "min" && s.operands.size() == 4) return run3<Extreme3<false>, T>;
+  if (op == "max" && s.operands.size() == 4) return run3<Extreme3<true>, T>;
   if (op == "neg") return run1<Neg, T>;
   if (op == "abs") return run1<Abs, T>;
   if (op == "copysign") return run2<CopySign, T>;
@@ -179,6 +216,7 @@ Handler select(const Statement& s) {
 }  // namespace
 
 bool decode_float(Decoder& d, const Statement& s, Instruction& i) {
+  if (s.has("f32x2")) return decode_pair(d, s, i);
   const Type type = d.type(s);
   if (type.kind != 'f' || s.has("xorsign")) return false;
   i.run = type.bits == 32 ? select<float>(s) : select<double>(s);
