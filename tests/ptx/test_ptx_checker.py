@@ -209,3 +209,21 @@ def test_each_synchronisation_of_a_wgmma_kernel_is_needed(ptx, triton_kernels):
             "bar.sync": {"shared-hazard", "uninitialised"},
         }
         assert caught.value.kind in expected.get(place.group(1), {"in-flight"}), place.group()
+
+
+def test_mbarriers(ptx):
+    """Warp 0 writes and arrives; warp 1 reads after it has waited, or without."""
+    body = """.shared .align 8 .b64 ready; .shared .align 4 .b32 s; setp.eq.u32 %p1, %r0, 0;
+    @%p1 mbarrier.init.shared::cta.b64 [ready], 1; {barrier} setp.ge.u32 %p2, %r0, 32; @%p2 bra wait;
+    @%p1 st.shared.u32 [s], 5; @%p1 mbarrier.arrive.shared::cta.b64 %d1, [ready]; ret;
+    wait: {wait} ld.shared.u32 %r1, [s];"""
+    wait = "mbarrier.try_wait.parity.shared::cta.b64 %p3, [ready], 0; @!%p3 bra wait;"
+    x = torch.zeros(1)
+    for seed in range(3):
+        options = {"block": 64, "seed": seed, "target": "sm_90"}
+        launch(ptx, body.format(barrier="bar.sync 0;", wait=wait), x, **options)
+        assert kind_of(ptx, body.format(barrier="bar.sync 0;", wait=""), x, **options) in (
+            "shared-hazard",
+            "uninitialised",
+        )
+        assert kind_of(ptx, body.format(barrier="", wait=wait), x, **options) in ("shared-hazard", "mbarrier")
