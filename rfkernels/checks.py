@@ -68,12 +68,13 @@ def chunk(
     tensors: dict[str, torch.Tensor],
 ) -> None:
     """Raises unless the tensors, by name ("q", "k", "v"), are the tokens of a chunk of ``frames`` frames."""
-    tokens = frames * geometry.frame_tokens
+    tokens, wanted = frames * geometry.frame_tokens, (batch, frames * geometry.frame_tokens, kv_heads, head_dim)
     for name, x in tensors.items():
+        if isinstance(x, torch.Tensor) and x.shape == wanted and x.dtype in FLOATING and x.device == device:
+            continue  # the usual case, on the hot path
         count = None if name == "q" else kv_heads
         tensor(name, x, 4, device)
-        if x.shape != (batch, tokens, count or x.shape[2], head_dim):
-            shape(name, x, batch=batch, tokens=tokens, heads=count, head_dim=head_dim)
+        shape(name, x, batch=batch, tokens=tokens, heads=count, head_dim=head_dim)
     if "q" in tensors:
         heads(tensors["q"], kv_heads)
 

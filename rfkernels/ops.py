@@ -237,7 +237,11 @@ def _redmd_setup(ctx, inputs, output):
 
 def _redmd_backward(ctx, grad_loss, _):
     (grad,) = ctx.saved_tensors
-    return (grad * grad_loss.to(grad.dtype), *([None] * (ctx.count - 1)))
+    # loss.backward() as it mostly is: on the CPU a look at the incoming 1 saves a latent and its two passes. Not for
+    # fake tensors, nor on a device, where it would be a synchronisation.
+    if not (type(grad_loss) is torch.Tensor and grad_loss.is_cpu and grad_loss.item() == 1.0):
+        grad = grad * grad_loss.to(grad.dtype)
+    return (grad, *([None] * (ctx.count - 1)))
 
 
 torch.library.register_autograd("rfkernels::redmd_loss", _redmd_backward, setup_context=_redmd_setup, lib=_PUBLIC)
