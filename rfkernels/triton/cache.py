@@ -49,9 +49,9 @@ def begin_chunk_kernel(
     blocks = tl.cdiv(frame_tokens, TOKENS)
     token = (pid % blocks) * TOKENS + tl.arange(0, TOKENS)
     slot = pid // blocks % SINKS
-    head = pid // (blocks * SINKS) % kv_heads
-    sample = pid // (blocks * SINKS * kv_heads) % batch
-    layer = pid // (blocks * SINKS * kv_heads * batch)
+    head = (pid // (blocks * SINKS) % kv_heads).to(tl.int64)
+    sample = (pid // (blocks * SINKS * kv_heads) % batch).to(tl.int64)
+    layer = (pid // (blocks * SINKS * kv_heads * batch)).to(tl.int64)
 
     before = tl.load(NUM_FRAMES + sample)
     grown = before + new_frames
@@ -68,7 +68,6 @@ def begin_chunk_kernel(
     if BEFORE_WINDOW:
         moves = last > first
     if moves:
-        layer, sample, head = layer.to(tl.int64), sample.to(tl.int64), head.to(tl.int64)
         column, exists = head_columns(D, BLOCK_D, HALF)
         mask = (token < frame_tokens)[:, None] & exists[None, :]
         own = (slot * frame_tokens + token).to(tl.int64)[:, None]

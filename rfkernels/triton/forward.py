@@ -12,8 +12,8 @@ from ..geometry import WindowMask
 from ..rope import RopeTables
 from . import tiles
 from .launch import FUSION, on_device, padded, rotary, rows
-from .masks import evicted_frames, visible_keys
-from .rotation import head_columns, narrow, phases, rotate_tile
+from .masks import evicted_frames, interior, share, visible_keys
+from .rotation import head_columns, narrow, phases, phases_of_two, rotate_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -22,12 +22,12 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def _sweep(
     acc, total, top, q, k_ptrs, v_ptrs, k_step, v_step, k_columns, v_columns, start, stop, low, high, limit, scale,
-    MASKED: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, ROW_BOUNDS: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Keys [start, stop) of one range, in tiles: online softmax in base 2.
 
-    MASKED: rows see [low, high) only, and nothing is loaded from ``limit`` on. Otherwise every row sees every key and
-    the loop holds no mask (but for the padding of a head).
+    MASKED: nothing is seen or loaded from ``limit`` on, and with ROW_BOUNDS a row sees [low, high) only. Otherwise
+    every row sees every key and the loop holds no mask (but for the padding of a head).
     """
     within = tl.arange(0, BLOCK_N)
     k_ptrs += tl.cast(start, tl.int64) * k_step
@@ -43,7 +43,10 @@ def _sweep(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             index = (key + within)[None, :]
-            seen = (index >= low[:, None]) & (index < high[:, None])
+            if ROW_BOUNDS:
+                seen = (index >= low[:, None]) & (index < high[:, None])
+            else:
+                seen = index < limit
             scores = tl.where(seen, scores * scale, float("-inf"))
             new = tl.maximum(top, tl.max(scores, 1))
             finite = tl.where(new == float("-inf"), 0.0, new)  # rows that have seen nothing yet
@@ -69,22 +72,40 @@ def _sweep(
 
 
 @triton.jit
-def share(begin, end, split, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
-    """The part of keys [begin, end) that one of SPLITS programs sweeps, whole tiles but for the last."""
-    if SPLITS > 1:
-        size = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BLOCK), SPLITS) * BLOCK
-        begin = begin + split * size
-        end = tl.minimum(end, begin + size)
-    return begin, end
+def _frame_of(
+    index, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE: tl.constexpr
+):
+    """The frame number at which a query is rotated."""
+    frame = index // frame_tokens
+    if USE == "window":
+        return frame - part * evicted_frames(
+            index, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens
+        )
+    return frame + shift
 
 
 @triton.jit
-def interior(begin, end, full_begin, full_end, BLOCK: tl.constexpr):
-    """Where the mask-free tiles of a sweep from begin to end start and stop."""
-    lead = tl.cdiv(tl.maximum(full_begin - begin, 0), BLOCK) * BLOCK
-    start = tl.minimum(begin + lead, tl.maximum(end, begin))
-    stop = start + tl.maximum(tl.minimum(full_end, end) - start, 0) // BLOCK * BLOCK
-    return start, stop
+def _query_phases(
+    first, last, index, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, TURNS,
+    SPATIAL, USE: tl.constexpr, TWO_FRAMES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    FRAME_PAIRS: tl.constexpr,
+):  # fmt: skip
+    """cos and sin of a tile of queries, from token ``first`` to ``last``; TWO_FRAMES: it lies in two frames at most."""
+    if TWO_FRAMES:
+        frame = _frame_of(
+            first, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE
+        )
+        final = _frame_of(
+            last, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE
+        )
+        is_last = index // frame_tokens > first // frame_tokens
+        return phases_of_two(
+            frame, final, is_last, index % frame_tokens, TURNS, SPATIAL, D, BLOCK_D, FRAME_PAIRS
+        )
+    frame = _frame_of(
+        index, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE
+    )
+    return phases(frame[:, None], index % frame_tokens, TURNS, SPATIAL, D, BLOCK_D, FRAME_PAIRS)
 
 
 @triton.jit
@@ -94,7 +115,7 @@ def forward_kernel(
     scale, queries, keys, heads, frame_tokens, capacity, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens,
     USE: tl.constexpr, OWN_CHUNK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    ROPE: tl.constexpr, HALF: tl.constexpr, FRAME_PAIRS: tl.constexpr,
+    TWO_FRAMES: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, FRAME_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M queries of one head, and one share of the keys they see.
 
@@ -115,6 +136,7 @@ def forward_kernel(
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     known = tl.minimum(row, queries - 1)  # rows past the end repeat the last one and are not stored
     offset = keys - queries if USE == "window" else 0
+    frames, num_frames = 0, 0
     missing = 0  # rows of frames that a young stream does not have
     if USE != "window":
         num_frames = tl.load(NUM_FRAMES + sample).to(tl.int32)
@@ -129,72 +151,70 @@ def forward_kernel(
     exists = columns < D
     within = tl.arange(0, BLOCK_N)
     q_ptrs = Q + wide_sample * q_b + wide_head * q_h + known.to(tl.int64)[:, None] * q_n + q_columns[None, :]
-    k_tile = K + wide_sample * k_b + key_head * k_h + within[:, None] * k_n + q_columns[None, :]
-    v_tile = V + wide_sample * v_b + key_head * v_h + within[:, None] * v_n + columns[None, :]
+    k_head = K + wide_sample * k_b + key_head * k_h
+    v_head = V + wide_sample * v_b + key_head * v_h
     sign = tl.where(scale < 0, -1.0, 1.0)  # the running maximum needs a positive scale
     scale2 = tl.abs(scale) * LOG2_E
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    PARTS: tl.constexpr = 1 if USE == "prefix" else 2
-    for part in tl.static_range(PARTS):
-        if part == 0 or USE == "window":
-            q = tl.load(q_ptrs, mask=q_exists[None, :], other=0.0).to(tl.float32) * sign
-            if ROPE:
-                index = known + offset
-                frame = index // frame_tokens
-                if USE != "window":
-                    frame += num_frames - frames
-                elif part == 1:
-                    frame -= evicted_frames(
-                        index, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens
-                    )
-                cos, sin = phases(frame[:, None], index % frame_tokens, TURNS, SPATIAL, D, BLOCK_D, FRAME_PAIRS)
-                q = rotate_tile(q, cos, sin, HALF)
-            q = narrow(q, K.dtype.element_ty)
+    # Two ranges of keys: past and own chunk, or window and sinks outside it. A loop, not unrolled: an unrolled second
+    # turn shares loads and phases with the first, and keeping those alive across the sweep spills registers.
+    for part in range(1 if USE == "prefix" else 2):
+        if USE != "prefix":
+            tl.debug_barrier()  # keeps what the two turns share from being computed before the loop and kept there
+        q = tl.load(q_ptrs, mask=q_exists[None, :], other=0.0).to(tl.float32) * sign
+        if ROPE:
+            cos, sin = _query_phases(
+                block * BLOCK_M + offset, tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1 + offset, known + offset,
+                num_frames - frames, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens,
+                TURNS, SPATIAL, USE, TWO_FRAMES, D, BLOCK_D, FRAME_PAIRS,
+            )  # fmt: skip
+            q = rotate_tile(q, cos, sin, HALF)
+        q = narrow(q, K.dtype.element_ty)
+        k_base, v_base, k_step, v_step = k_head, v_head, k_n, v_n
+        low, high = row, row
         if USE == "window":
             first_row = block * BLOCK_M + offset
             last_row = tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1 + offset
             begin, full_end = visible_keys(
-                first_row, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK, part == 1
+                first_row, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
             )
             full_begin, end = visible_keys(
-                last_row, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK, part == 1
+                last_row, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
             )
             low, high = visible_keys(
-                known + offset, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK, part == 1
+                known + offset, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
             )
         else:
-            begin = 0
+            begin = missing * part
             end = valid * frame_tokens
-            if part == 1:
-                begin = missing
-                end = queries
+            if USE == "chunk":
+                if part == 1:
+                    end = missing * 0 + queries
+                    k_base = OWN_K + wide_sample * ok_b + key_head * ok_h
+                    v_base = OWN_V + wide_sample * ov_b + key_head * ov_h
+                    k_step, v_step = ok_n, ov_n
             end = tl.where(block * BLOCK_M + BLOCK_M <= missing, begin, end)  # nobody here to attend
             full_begin, full_end = begin, end
-            low = tl.zeros([BLOCK_M], tl.int32) + begin
-            high = tl.zeros([BLOCK_M], tl.int32) + end
         limit = end
         begin, end = share(begin, end, split, BLOCK_N, SPLITS)
         start, stop = interior(begin, end, full_begin, full_end, BLOCK_N)
-        k_ptrs, v_ptrs, k_step, v_step = k_tile, v_tile, k_n, v_n
-        if USE == "chunk" and part == 1:
-            k_ptrs = OWN_K + wide_sample * ok_b + key_head * ok_h + within[:, None] * ok_n + q_columns[None, :]
-            v_ptrs = OWN_V + wide_sample * ov_b + key_head * ov_h + within[:, None] * ov_n + columns[None, :]
-            k_step, v_step = ok_n, ov_n
-        if USE == "window" and part == 0:
+        k_ptrs = k_base + within[:, None] * k_step + q_columns[None, :]
+        v_ptrs = v_base + within[:, None] * v_step + columns[None, :]
+        if USE == "window":
             acc, total, top = _sweep(
                 acc, total, top, q, k_ptrs, v_ptrs, k_step, v_step, q_exists, exists, begin, tl.minimum(start, end),
-                low, high, limit, scale2, True, D != BLOCK_D, BLOCK_N, PRECISION, 1,
+                low, high, limit, scale2, True, True, D != BLOCK_D, BLOCK_N, PRECISION, 1,
             )  # fmt: skip
         acc, total, top = _sweep(
             acc, total, top, q, k_ptrs, v_ptrs, k_step, v_step, q_exists, exists, start, stop,
-            low, high, limit, scale2, False, D != BLOCK_D, BLOCK_N, PRECISION, STAGES,
+            low, high, limit, scale2, False, False, D != BLOCK_D, BLOCK_N, PRECISION, STAGES,
         )  # fmt: skip
         acc, total, top = _sweep(
             acc, total, top, q, k_ptrs, v_ptrs, k_step, v_step, q_exists, exists, stop, end,
-            low, high, limit, scale2, True, D != BLOCK_D, BLOCK_N, PRECISION, 1,
+            low, high, limit, scale2, True, USE == "window", D != BLOCK_D, BLOCK_N, PRECISION, 1,
         )  # fmt: skip
 
     empty = (total == 0.0) | (row < missing)
@@ -303,7 +323,7 @@ def attend(q: torch.Tensor, keys: Keys, rope: RopeTables | None, scale: float) -
             rotation.spatial, *(stride for x in (q, k, v, own_k, own_v) for stride in x.stride()[:3]), scale, queries,
             k.shape[1], heads, frame_tokens, keys.capacity, *mask[:4], USE=keys.use, OWN_CHUNK=mask[4],
             GROUP=heads // k.shape[2], D=head_dim, BLOCK_D=block_d, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLITS=splits,
-            PRECISION=precision(k.dtype), STAGES=tile.stages, **rotation.options, num_warps=tile.warps,
+            PRECISION=precision(k.dtype), STAGES=tile.stages, TWO_FRAMES=frame_tokens >= tile.rows, **rotation.options, num_warps=tile.warps,
             num_stages=tile.stages, **FUSION,
         )  # fmt: skip
         if splits > 1:

@@ -37,22 +37,42 @@ def sincos_turns(t):
 
 
 @triton.jit
-def phases(frames, tokens, TURNS, SPATIAL, D: tl.constexpr, BLOCK_D: tl.constexpr, FRAME_PAIRS: tl.constexpr):
-    """cos and sin ``[rows or 1, BLOCK_D / 2]``; frames: a scalar or ``[rows, 1]``, tokens ``[rows]`` of their frame.
-
-    Frame angles are reduced in turns in float64, once for each row of ``frames``; the others come from the table.
-    """
+def frame_phases(frames, TURNS, BLOCK_D: tl.constexpr, FRAME_PAIRS: tl.constexpr):
+    """sin and cos of the frame pairs, ``[1 or rows, BLOCK_D / 2]``: angles reduced in turns in float64."""
     pair = tl.arange(0, BLOCK_D // 2)
     turns = tl.load(TURNS + pair, mask=pair < FRAME_PAIRS, other=0.0)
     t = frames.to(tl.float64) * turns[None, :]
-    t = (t - tl.floor(t + 0.5)).to(tl.float32)
-    sin, cos = sincos_turns(t)
+    return sincos_turns((t - tl.floor(t + 0.5)).to(tl.float32))
+
+
+@triton.jit
+def with_spatial(sin, cos, tokens, SPATIAL, D: tl.constexpr, BLOCK_D: tl.constexpr, FRAME_PAIRS: tl.constexpr):
+    """Fills in the row and column pairs of ``tokens [rows]`` from the table."""
+    pair = tl.arange(0, BLOCK_D // 2)
     if FRAME_PAIRS < D // 2:
         at = SPATIAL + 2 * (tokens[:, None] * (D // 2 - FRAME_PAIRS) + (pair - FRAME_PAIRS)[None, :])
         in_table = ((pair >= FRAME_PAIRS) & (pair < D // 2))[None, :] & (tokens >= 0)[:, None]
         cos = tl.where(in_table, tl.load(at, mask=in_table, other=1.0), cos)
         sin = tl.where(in_table, tl.load(at + 1, mask=in_table, other=0.0), sin)
     return cos, sin
+
+
+@triton.jit
+def phases(frames, tokens, TURNS, SPATIAL, D: tl.constexpr, BLOCK_D: tl.constexpr, FRAME_PAIRS: tl.constexpr):
+    """cos and sin ``[rows or 1, BLOCK_D / 2]``; frames: a scalar or ``[rows, 1]``, tokens ``[rows]`` of their frame."""
+    sin, cos = frame_phases(frames, TURNS, BLOCK_D, FRAME_PAIRS)
+    return with_spatial(sin, cos, tokens, SPATIAL, D, BLOCK_D, FRAME_PAIRS)
+
+
+@triton.jit
+def phases_of_two(
+    first, last, is_last, tokens, TURNS, SPATIAL, D: tl.constexpr, BLOCK_D: tl.constexpr, FRAME_PAIRS: tl.constexpr
+):
+    """`phases` of rows that lie in frame ``first``, or in ``last`` where ``is_last [rows]``: each computed once."""
+    sin, cos = frame_phases(first, TURNS, BLOCK_D, FRAME_PAIRS)
+    sin2, cos2 = frame_phases(last, TURNS, BLOCK_D, FRAME_PAIRS)
+    sin, cos = tl.where(is_last[:, None], sin2, sin), tl.where(is_last[:, None], cos2, cos)
+    return with_spatial(sin, cos, tokens, SPATIAL, D, BLOCK_D, FRAME_PAIRS)
 
 
 @triton.jit

@@ -41,7 +41,7 @@ def processors(device: torch.device) -> int:
 def forward_tile(arch: int | None, block_d: int, dtype: torch.dtype) -> Tile:
     """For the forward kernel, by padded head size."""
     if arch is None:
-        return Tile(16, 16, 4, 1)  # interpreted: small, so that small shapes straddle tiles
+        return Tile(32, 16, 4, 1)  # interpreted: small, so that small shapes straddle tiles
     if dtype == torch.float32:  # exact products are scalar multiply-adds: small tiles, or registers run out
         return Tile(32, 32, 4, 1) if block_d <= 128 else Tile(16, 32, 4, 1)
     if block_d <= 64:
@@ -55,7 +55,7 @@ def forward_tile(arch: int | None, block_d: int, dtype: torch.dtype) -> Tile:
 def backward_tile(arch: int | None, block_d: int, dtype: torch.dtype) -> Tile:
     """For both backward kernels."""
     if arch is None:
-        return Tile(16, 16, 4, 1)
+        return Tile(32, 32, 4, 1)
     if dtype == torch.float32:
         return Tile(32, 32, 4, 1) if block_d <= 64 else Tile(16, 16, 4, 1)
     if block_d <= 64:
