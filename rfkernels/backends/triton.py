@@ -128,10 +128,10 @@ def chunk_attention(q, k, v, past: Past, rope: RopeTables | None, geometry: Cach
 
 
 def chunk_attention_backward(grad_out, grad_lse, q, k, v, out, lse, past, rope, geometry, scale):
-    from ..triton.backward import chunk_gradients
+    from ..triton.backward import gradients
 
     keys = _chunk_keys(k, v, past, rope, geometry)
-    return chunk_gradients(grad_out, grad_lse, q, k, v, out, lse, keys, rope, scale)
+    return gradients(grad_out, grad_lse, q, k, v, out, lse, keys, rope, scale)
 
 
 def _window_keys(k, v, rope, mask):
@@ -151,10 +151,10 @@ def sink_window_attention(q, k, v, rope: RopeTables | None, mask: WindowMask, sc
 
 
 def sink_window_attention_backward(grad_out, grad_lse, q, k, v, out, lse, rope, mask, scale):
-    from ..triton.backward import window_gradients
+    from ..triton.backward import gradients
 
     keys = _window_keys(k, v, rope, mask)
-    return window_gradients(grad_out, grad_lse, q, k, v, out, lse, keys, rope, scale)
+    return gradients(grad_out, grad_lse, q, k, v, out, lse, keys, rope, scale)
 
 
 # --- Re-DMD -----------------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def _frame_of(
 
 
 @triton.jit
-def _query_phases(
+def query_phases(
     first, last, index, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, TURNS,
     SPATIAL, USE: tl.constexpr, TWO_FRAMES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     FRAME_PAIRS: tl.constexpr,
@@ -166,7 +166,7 @@ def forward_kernel(
             tl.debug_barrier()  # keeps what the two turns share from being computed before the loop and kept there
         q = tl.load(q_ptrs, mask=q_exists[None, :], other=0.0).to(tl.float32) * sign
         if ROPE:
-            cos, sin = _query_phases(
+            cos, sin = query_phases(
                 block * BLOCK_M + offset, tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1 + offset, known + offset,
                 num_frames - frames, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens,
                 TURNS, SPATIAL, USE, TWO_FRAMES, D, BLOCK_D, FRAME_PAIRS,
