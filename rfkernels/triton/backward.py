@@ -154,7 +154,7 @@ def grad_q_kernel(
         if USE == "window":
             acc = _sweep_keys(
                 acc, q, grad_out, lse2, delta, k_ptrs, v_ptrs, k_step, v_step, q_exists, exists, begin,
-                tl.minimum(start, end), low, high, end, scale * LOG2_E, True, True, BLOCK_N, PRECISION, 1,
+                tl.minimum(start, end), low, high, end, scale * LOG2_E, True, True, BLOCK_N, PRECISION, STAGES,
             )  # fmt: skip
         acc = _sweep_keys(
             acc, q, grad_out, lse2, delta, k_ptrs, v_ptrs, k_step, v_step, q_exists, exists, start, stop, low, high,
@@ -162,7 +162,7 @@ def grad_q_kernel(
         )  # fmt: skip
         acc = _sweep_keys(
             acc, q, grad_out, lse2, delta, k_ptrs, v_ptrs, k_step, v_step, q_exists, exists, stop, end, low, high,
-            end, scale * LOG2_E, True, USE == "window", BLOCK_N, PRECISION, 1,
+            end, scale * LOG2_E, True, USE == "window", BLOCK_N, PRECISION, STAGES,
         )  # fmt: skip
         if ROPE:
             if USE == "window" or part == 1:  # both ranges of a chunk meet the same queries: turned back once
@@ -301,7 +301,7 @@ def grad_kv_kernel(
         if USE == "window":
             grad_k, grad_v = _sweep_queries(
                 grad_k, grad_v, k, v, q_ptrs, g_ptrs, row_lse, row_delta, q_step, g_n, q_exists, exists, begin,
-                tl.minimum(start, end), low, high, end, scale * LOG2_E, True, BLOCK_M, PRECISION, 1,
+                tl.minimum(start, end), low, high, end, scale * LOG2_E, True, BLOCK_M, PRECISION, STAGES,
             )  # fmt: skip
         grad_k, grad_v = _sweep_queries(
             grad_k, grad_v, k, v, q_ptrs, g_ptrs, row_lse, row_delta, q_step, g_n, q_exists, exists, start, stop,
@@ -309,7 +309,7 @@ def grad_kv_kernel(
         )  # fmt: skip
         grad_k, grad_v = _sweep_queries(
             grad_k, grad_v, k, v, q_ptrs, g_ptrs, row_lse, row_delta, q_step, g_n, q_exists, exists, stop, end,
-            low, high, end, scale * LOG2_E, True, BLOCK_M, PRECISION, 1,
+            low, high, end, scale * LOG2_E, True, BLOCK_M, PRECISION, STAGES,
         )  # fmt: skip
 
     grad_k = grad_k * scale

@@ -21,7 +21,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _sweep(
-    acc, total, top, q, k_ptrs, v_ptrs, k_step, v_step, k_columns, v_columns, start, stop, low, high, limit, scale,
+    acc, total, top, q, k_base, v_base, k_step, v_step, k_column, k_columns, v_columns, start, stop, low, high, limit,
+    scale,
     MASKED: tl.constexpr, ROW_BOUNDS: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Keys [start, stop) of one range, in tiles: online softmax in base 2.
@@ -30,16 +31,19 @@ def _sweep(
     every row sees every key and the loop holds no mask (but for the padding of a head).
     """
     within = tl.arange(0, BLOCK_N)
-    k_ptrs += tl.cast(start, tl.int64) * k_step
-    v_ptrs += tl.cast(start, tl.int64) * v_step
+    # A moving scalar base and fixed 32-bit offsets: pointers to every row would take twice the registers.
+    k_offsets = within[:, None] * k_step + k_column[None, :]
+    v_offsets = within[:, None] * v_step + tl.arange(0, acc.shape[1])[None, :]
+    k_base += tl.cast(start, tl.int64) * k_step
+    v_base += tl.cast(start, tl.int64) * v_step
     for key in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         if MASKED:
             loads = (key + within < limit)[:, None]
-            k = tl.load(k_ptrs, mask=loads & k_columns[None, :], other=0.0)
+            k = tl.load(k_base + k_offsets, mask=loads & k_columns[None, :], other=0.0)
         elif PADDED:
-            k = tl.load(k_ptrs, mask=k_columns[None, :], other=0.0)
+            k = tl.load(k_base + k_offsets, mask=k_columns[None, :], other=0.0)
         else:
-            k = tl.load(k_ptrs)
+            k = tl.load(k_base + k_offsets)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             index = (key + within)[None, :]
@@ -59,15 +63,15 @@ def _sweep(
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
         if MASKED:
-            v = tl.load(v_ptrs, mask=loads & v_columns[None, :], other=0.0)
+            v = tl.load(v_base + v_offsets, mask=loads & v_columns[None, :], other=0.0)
         elif PADDED:
-            v = tl.load(v_ptrs, mask=v_columns[None, :], other=0.0)
+            v = tl.load(v_base + v_offsets, mask=v_columns[None, :], other=0.0)
         else:
-            v = tl.load(v_ptrs)
+            v = tl.load(v_base + v_offsets)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         top = new
-        k_ptrs += BLOCK_N * k_step
-        v_ptrs += BLOCK_N * v_step
+        k_base += BLOCK_N * k_step
+        v_base += BLOCK_N * v_step
     return acc, total, top
 
 
@@ -149,7 +153,6 @@ def forward_kernel(
     q_columns, q_exists = head_columns(D, BLOCK_D, HALF)
     columns = tl.arange(0, BLOCK_D)
     exists = columns < D
-    within = tl.arange(0, BLOCK_N)
     q_ptrs = Q + wide_sample * q_b + wide_head * q_h + known.to(tl.int64)[:, None] * q_n + q_columns[None, :]
     k_head = K + wide_sample * k_b + key_head * k_h
     v_head = V + wide_sample * v_b + key_head * v_h
@@ -159,6 +162,7 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    EDGE_N: tl.constexpr = BLOCK_N // 2  # masks need registers: edges go in half tiles, which also waste fewer keys
     # Two ranges of keys: past and own chunk, or window and sinks outside it. A loop, not unrolled: an unrolled second
     # turn shares loads and phases with the first, and keeping those alive across the sweep spills registers.
     for part in range(1 if USE == "prefix" else 2):
@@ -201,20 +205,18 @@ def forward_kernel(
         limit = end
         begin, end = share(begin, end, split, BLOCK_N, SPLITS)
         start, stop = interior(begin, end, full_begin, full_end, BLOCK_N)
-        k_ptrs = k_base + within[:, None] * k_step + q_columns[None, :]
-        v_ptrs = v_base + within[:, None] * v_step + columns[None, :]
         if USE == "window":
             acc, total, top = _sweep(
-                acc, total, top, q, k_ptrs, v_ptrs, k_step, v_step, q_exists, exists, begin, tl.minimum(start, end),
-                low, high, limit, scale2, True, True, D != BLOCK_D, BLOCK_N, PRECISION, 1,
+                acc, total, top, q, k_base, v_base, k_step, v_step, q_columns, q_exists, exists, begin, tl.minimum(start, end),
+                low, high, limit, scale2, True, True, D != BLOCK_D, EDGE_N, PRECISION, STAGES,
             )  # fmt: skip
         acc, total, top = _sweep(
-            acc, total, top, q, k_ptrs, v_ptrs, k_step, v_step, q_exists, exists, start, stop,
+            acc, total, top, q, k_base, v_base, k_step, v_step, q_columns, q_exists, exists, start, stop,
             low, high, limit, scale2, False, False, D != BLOCK_D, BLOCK_N, PRECISION, STAGES,
         )  # fmt: skip
         acc, total, top = _sweep(
-            acc, total, top, q, k_ptrs, v_ptrs, k_step, v_step, q_exists, exists, stop, end,
-            low, high, limit, scale2, True, USE == "window", D != BLOCK_D, BLOCK_N, PRECISION, 1,
+            acc, total, top, q, k_base, v_base, k_step, v_step, q_columns, q_exists, exists, stop, end,
+            low, high, limit, scale2, True, USE == "window", D != BLOCK_D, EDGE_N, PRECISION, STAGES,
         )  # fmt: skip
 
     empty = (total == 0.0) | (row < missing)
