@@ -11,6 +11,7 @@ import triton.language as tl
 from ..geometry import WindowMask
 from ..rope import RopeTables
 from . import tiles
+from .cache import rotate
 from .launch import FUSION, on_device, padded, rotary, rows
 from .masks import evicted_frames, interior, share, visible_keys
 from .rotation import head_columns, narrow, phases, phases_of_two, rotate_tile
@@ -114,8 +115,8 @@ def query_phases(
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, OWN_K, OWN_V, OUT, LSE, NUM_FRAMES, TURNS, SPATIAL,
-    q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, ok_b, ok_n, ok_h, ov_b, ov_n, ov_h,
+    Q, SINK_Q, K, V, OWN_K, OWN_V, OUT, LSE, NUM_FRAMES, TURNS, SPATIAL,
+    q_b, q_n, q_h, sq_b, sq_n, sq_h, k_b, k_n, k_h, v_b, v_n, v_h, ok_b, ok_n, ok_h, ov_b, ov_n, ov_h,
     scale, queries, keys, heads, frame_tokens, capacity, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens,
     USE: tl.constexpr, OWN_CHUNK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -124,8 +125,8 @@ def forward_kernel(
     """A program owns BLOCK_M queries of one head, and one share of the keys they see.
 
     USE "prefix": keys are the first ``min(num_frames, capacity)`` frames of K. "chunk": those but for the open frames,
-    then the chunk's own. "window": the ranges of `masks.visible_keys`. Queries are rotated here, at their frame (and,
-    for sinks outside the window, at their frame minus the evicted ones).
+    then the chunk's own. "window": the ranges of `masks.visible_keys`. Queries are rotated here, at their frame;
+    SINK_Q are those for sinks outside the window, rotated before (here it would cost spilled registers).
     """
     pid = tl.program_id(0)
     split = tl.program_id(1)
@@ -153,7 +154,6 @@ def forward_kernel(
     q_columns, q_exists = head_columns(D, BLOCK_D, HALF)
     columns = tl.arange(0, BLOCK_D)
     exists = columns < D
-    q_ptrs = Q + wide_sample * q_b + wide_head * q_h + known.to(tl.int64)[:, None] * q_n + q_columns[None, :]
     k_head = K + wide_sample * k_b + key_head * k_h
     v_head = V + wide_sample * v_b + key_head * v_h
     sign = tl.where(scale < 0, -1.0, 1.0)  # the running maximum needs a positive scale
@@ -162,21 +162,22 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    q = tl.load(
+        Q + wide_sample * q_b + wide_head * q_h + known.to(tl.int64)[:, None] * q_n + q_columns[None, :],
+        mask=q_exists[None, :], other=0.0,
+    ).to(tl.float32) * sign  # fmt: skip
+    if ROPE:
+        cos, sin = query_phases(
+            block * BLOCK_M + offset, tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1 + offset, known + offset,
+            num_frames - frames, 0, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, TURNS,
+            SPATIAL, USE, TWO_FRAMES, D, BLOCK_D, FRAME_PAIRS,
+        )  # fmt: skip
+        q = rotate_tile(q, cos, sin, HALF)
+    q = narrow(q, K.dtype.element_ty)
     EDGE_N: tl.constexpr = BLOCK_N // 2  # masks need registers: edges go in half tiles, which also waste fewer keys
     # Two ranges of keys: past and own chunk, or window and sinks outside it. A loop, not unrolled: an unrolled second
     # turn shares loads and phases with the first, and keeping those alive across the sweep spills registers.
     for part in range(1 if USE == "prefix" else 2):
-        if USE != "prefix":
-            tl.debug_barrier()  # keeps what the two turns share from being computed before the loop and kept there
-        q = tl.load(q_ptrs, mask=q_exists[None, :], other=0.0).to(tl.float32) * sign
-        if ROPE:
-            cos, sin = query_phases(
-                block * BLOCK_M + offset, tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1 + offset, known + offset,
-                num_frames - frames, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens,
-                TURNS, SPATIAL, USE, TWO_FRAMES, D, BLOCK_D, FRAME_PAIRS,
-            )  # fmt: skip
-            q = rotate_tile(q, cos, sin, HALF)
-        q = narrow(q, K.dtype.element_ty)
         k_base, v_base, k_step, v_step = k_head, v_head, k_n, v_n
         low, high = row, row
         if USE == "window":
@@ -218,6 +219,11 @@ def forward_kernel(
             acc, total, top, q, k_base, v_base, k_step, v_step, q_columns, q_exists, exists, stop, end,
             low, high, limit, scale2, True, USE == "window", D != BLOCK_D, EDGE_N, PRECISION, STAGES,
         )  # fmt: skip
+        if ROPE and USE == "window":  # sinks outside the window are next, and meet the queries in another rotation
+            tl.debug_barrier()  # or the load moves before the loop, where its registers are missing
+            sink_q = SINK_Q + wide_sample * sq_b + wide_head * sq_h + known.to(tl.int64)[:, None] * sq_n
+            q = tl.load(sink_q + q_columns[None, :], mask=q_exists[None, :], other=0.0).to(tl.float32) * sign
+            q = q.to(K.dtype.element_ty)
 
     empty = (total == 0.0) | (row < missing)
     out = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
@@ -309,10 +315,13 @@ def attend(q: torch.Tensor, keys: Keys, rope: RopeTables | None, scale: float) -
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
         return out, lse
+    sink_q = q
+    if rope is not None and keys.mask is not None:
+        sink_q = rotate(q, rope, k.dtype, first_token=k.shape[1] - queries, mask=keys.mask)
     rotation = rotary(rope, q)
     block_d = padded(head_dim)
     with on_device(q):
-        tile = tiles.forward_tile(tiles.architecture(), block_d, k.dtype)
+        tile = tiles.forward_tile(tiles.architecture(), block_d, k.dtype, keys.use)
         programs = triton.cdiv(queries, tile.rows) * heads * batch
         splits = tiles.splits(programs, keys.longest, tile, tiles.processors(q.device))
         parts, part_lse = out, lse
@@ -321,8 +330,8 @@ def attend(q: torch.Tensor, keys: Keys, rope: RopeTables | None, scale: float) -
         mask = (0, 0, 1, 1, True) if keys.mask is None else keys.mask
         frame_tokens = rope.frame_tokens if rope is not None and keys.mask is not None else keys.frame_tokens
         forward_kernel[(programs, splits)](
-            q, k, v, own_k, own_v, parts, part_lse, q if keys.num_frames is None else keys.num_frames, rotation.turns,
-            rotation.spatial, *(stride for x in (q, k, v, own_k, own_v) for stride in x.stride()[:3]), scale, queries,
+            q, sink_q, k, v, own_k, own_v, parts, part_lse, q if keys.num_frames is None else keys.num_frames, rotation.turns,
+            rotation.spatial, *(stride for x in (q, sink_q, k, v, own_k, own_v) for stride in x.stride()[:3]), scale, queries,
             k.shape[1], heads, frame_tokens, keys.capacity, *mask[:4], USE=keys.use, OWN_CHUNK=mask[4],
             GROUP=heads // k.shape[2], D=head_dim, BLOCK_D=block_d, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLITS=splits,
             PRECISION=precision(k.dtype), STAGES=tile.stages, TWO_FRAMES=frame_tokens >= tile.rows, **rotation.options, num_warps=tile.warps,

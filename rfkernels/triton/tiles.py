@@ -38,17 +38,18 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def forward_tile(arch: int | None, block_d: int, dtype: torch.dtype) -> Tile:
-    """For the forward kernel, by padded head size."""
+def forward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str) -> Tile:
+    """For the forward kernel, by padded head size and use ("prefix", "chunk" or "window")."""
     if arch is None:
         return Tile(32, 16, 4, 1)  # interpreted: small, so that small shapes straddle tiles
     if dtype == torch.float32:  # exact products are scalar multiply-adds: small tiles, or registers run out
         return Tile(32, 32, 4, 1) if block_d <= 128 else Tile(16, 32, 4, 1)
     if block_d <= 64:
-        return Tile(128, 64, 4, 3)
+        return Tile(128, 64, 4, 2)
     if block_d == 128:
-        # 128 keys halve the rescaling of the accumulator per score; only wgmma leaves the registers for it.
-        return Tile(128, 128, 8, 2) if arch in (90, 100) else Tile(128, 64, 8, 2)
+        # 128 keys halve the rescaling of the accumulator per score. Only wgmma, which reads its operands from shared
+        # memory, leaves the registers for them, and only where one range of keys is swept.
+        return Tile(128, 128, 8, 2) if arch in (90, 100) and use == "prefix" else Tile(128, 64, 8, 2)
     return Tile(128, 64, 8, 2) if arch in (90, 100) else Tile(64, 32, 4, 2)
 
 
