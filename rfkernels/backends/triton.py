@@ -30,9 +30,16 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except ValueError:  # a module without a spec stands in its place, e.g. to block it
+        return False
+
+
 def why_not(device: torch.device) -> str | None:
     """Why the kernels do not run on ``device``, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed (pip install triton)"
     if device.type == "cpu":
         return None if interpreted() else "on a CPU only in Triton's interpreter: set TRITON_INTERPRET=1 before import"
@@ -101,9 +108,7 @@ def streaming_attention(q, new_k, new_v, cache, num_frames, rope, geometry, scal
     from ..triton.forward import Keys, attend
 
     write(cache, num_frames, new_k, new_v, rope, geometry)
-    keys = Keys(
-        cache.k, cache.v, num_frames=num_frames, capacity=geometry.capacity, frame_tokens=geometry.frame_tokens
-    )
+    keys = Keys(cache.k, cache.v, num_frames=num_frames, capacity=geometry.capacity, frame_tokens=geometry.frame_tokens)
     return attend(q, keys, rope, scale)
 
 

@@ -104,9 +104,7 @@ def query_phases(
             last, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE
         )
         is_last = index // frame_tokens > first // frame_tokens
-        return phases_of_two(
-            frame, final, is_last, index % frame_tokens, TURNS, SPATIAL, D, BLOCK_D, FRAME_PAIRS
-        )
+        return phases_of_two(frame, final, is_last, index % frame_tokens, TURNS, SPATIAL, D, BLOCK_D, FRAME_PAIRS)
     frame = _frame_of(
         index, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE
     )

@@ -123,7 +123,12 @@ def redmd_loss(
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=x.device)
 
-    norms, counts, sums, loss = empty(batch, parts), empty(batch, parts, dtype=torch.int32), empty(batch, parts), empty()
+    norms, counts, sums, loss = (
+        empty(batch, parts),
+        empty(batch, parts, dtype=torch.int32),
+        empty(batch, parts),
+        empty(),
+    )
     grad = torch.empty_like(x) if need_grad else x.new_empty(0)
     if x.numel() == 0:
         return loss.zero_(), grad

@@ -1,0 +1,48 @@
+"""The Triton backend: its numeric tests in a process of their own, compilation ahead of time, and its refusals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rfkernels as rf
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/triton_backend run as they are")
+@pytest.mark.parametrize("module", ["test_cache.py", "test_gradients.py"])
+def test_in_the_interpreter(module):
+    """Triton decides at import whether it interprets; this process must not, or every test would run interpreted."""
+    path = Path(__file__).parent / "triton_backend" / module
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert "passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-2000:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_why():
+    assert "TRITON_INTERPRET" in rf.explain_backends("cpu")["triton"]
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"), rf.use_backend("triton"):
+        pass
+
+
+def test_import_works_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import rfkernels as rf\n"
+        "assert 'not installed' in rf.explain_backends('cpu')['triton'], rf.explain_backends('cpu')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_rfkernels_leaves_triton_alone():
+    code = "import sys, torch; before = 'triton' in sys.modules; import rfkernels; assert ('triton' in sys.modules) == before"
+    subprocess.run([sys.executable, "-c", code], check=True)
