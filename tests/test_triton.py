@@ -44,5 +44,8 @@ def test_import_works_without_triton():
 
 
 def test_importing_rfkernels_leaves_triton_alone():
-    code = "import sys, torch; before = 'triton' in sys.modules; import rfkernels; assert ('triton' in sys.modules) == before"
+    code = (
+        "import sys, torch\nbefore = 'triton' in sys.modules\n"
+        "import rfkernels\nassert ('triton' in sys.modules) == before"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,7 +1,7 @@
 """Attention backward: dQ by query tiles, dK and dV by key tiles, each entry by one program. No atomics.
 
-Queries and keys come rotated (`cache.rotate`), for the queries are read once for each tile of keys; gradients are turned
-back before they are stored. Scores are recomputed from the normaliser.
+Queries and keys come rotated (`cache.rotate`): queries are read once for each tile of keys. Gradients are turned back
+before they are stored. Scores are recomputed from the normaliser.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from .forward import LOG2_E, Keys, precision, query_phases
 from .launch import FUSION, on_device, padded, rotary, rows
 from .masks import interior, seeing_queries, visible_keys
 from .rotation import head_columns, narrow, phases, rotate_tile
+
+_DELTA_ROWS = 32
 
 
 @triton.jit
@@ -42,21 +44,23 @@ def delta_kernel(
 
 @triton.jit
 def _sweep_keys(
-    acc, q, grad_out, lse2, delta, k_ptrs, v_ptrs, k_step, v_step, k_columns, v_columns, start, stop, low, high, limit,
-    scale2, MASKED: tl.constexpr, ROW_BOUNDS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    acc, q, grad_out, lse2, delta, k_base, v_base, k_step, v_step, k_column, k_columns, v_columns, start, stop, low,
+    high, limit, scale2, MASKED: tl.constexpr, ROW_BOUNDS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ (but for the scale) of keys [start, stop); masks as in the forward sweep."""
     within = tl.arange(0, BLOCK_N)
-    k_ptrs += tl.cast(start, tl.int64) * k_step
-    v_ptrs += tl.cast(start, tl.int64) * v_step
+    k_offsets = within[:, None] * k_step + k_column[None, :]
+    v_offsets = within[:, None] * v_step + tl.arange(0, acc.shape[1])[None, :]
+    k_base += tl.cast(start, tl.int64) * k_step
+    v_base += tl.cast(start, tl.int64) * v_step
     for key in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         k_loads, v_loads = k_columns[None, :], v_columns[None, :]
         if MASKED:
             loads = (key + within < limit)[:, None]
             k_loads, v_loads = loads & k_loads, loads & v_loads
-        k = tl.load(k_ptrs, mask=k_loads, other=0.0)
-        v = tl.load(v_ptrs, mask=v_loads, other=0.0)
+        k = tl.load(k_base + k_offsets, mask=k_loads, other=0.0)
+        v = tl.load(v_base + v_offsets, mask=v_loads, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         weights = tl.math.exp2(scores * scale2 - lse2[:, None])
         if MASKED:
@@ -69,8 +73,8 @@ def _sweep_keys(
         grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
         grad_scores = weights * (grad_weights - delta[:, None])
         acc = tl.dot(grad_scores.to(k.dtype), k, acc, input_precision=PRECISION)
-        k_ptrs += BLOCK_N * k_step
-        v_ptrs += BLOCK_N * v_step
+        k_base += BLOCK_N * k_step
+        v_base += BLOCK_N * v_step
     return acc
 
 
@@ -106,7 +110,6 @@ def grad_q_kernel(
     q_columns, q_exists = head_columns(D, BLOCK_D, HALF)
     columns = tl.arange(0, BLOCK_D)
     exists = columns < D
-    within = tl.arange(0, BLOCK_N)
     grad_out = tl.load(
         GRAD_OUT + sample * g_b + head * g_h + wide * g_n + columns[None, :], mask=exists[None, :], other=0.0
     ).to(K.dtype.element_ty)
@@ -148,20 +151,20 @@ def grad_q_kernel(
             full_begin, full_end = begin, end
         start, stop = interior(begin, end, full_begin, full_end, BLOCK_N)
         q = tl.load(q_ptrs, mask=q_exists[None, :], other=0.0)
-        k_ptrs = k_base + within[:, None] * k_step + q_columns[None, :]
-        v_ptrs = v_base + within[:, None] * v_step + columns[None, :]
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         if USE == "window":
             acc = _sweep_keys(
-                acc, q, grad_out, lse2, delta, k_ptrs, v_ptrs, k_step, v_step, q_exists, exists, begin,
-                tl.minimum(start, end), low, high, end, scale * LOG2_E, True, True, BLOCK_N, PRECISION, STAGES,
+                acc, q, grad_out, lse2, delta, k_base, v_base, k_step, v_step, q_columns, q_exists, exists,
+                begin, tl.minimum(start, end), low, high, end, scale * LOG2_E, True, True, BLOCK_N, PRECISION, STAGES,
             )  # fmt: skip
         acc = _sweep_keys(
-            acc, q, grad_out, lse2, delta, k_ptrs, v_ptrs, k_step, v_step, q_exists, exists, start, stop, low, high,
+            acc, q, grad_out, lse2, delta, k_base, v_base, k_step, v_step, q_columns, q_exists, exists,
+                start, stop, low, high,
             end, scale * LOG2_E, False, False, BLOCK_N, PRECISION, STAGES,
         )  # fmt: skip
         acc = _sweep_keys(
-            acc, q, grad_out, lse2, delta, k_ptrs, v_ptrs, k_step, v_step, q_exists, exists, stop, end, low, high,
+            acc, q, grad_out, lse2, delta, k_base, v_base, k_step, v_step, q_columns, q_exists, exists,
+                stop, end, low, high,
             end, scale * LOG2_E, True, USE == "window", BLOCK_N, PRECISION, STAGES,
         )  # fmt: skip
         if ROPE:
@@ -189,13 +192,15 @@ def grad_q_kernel(
 
 @triton.jit
 def _sweep_queries(
-    grad_k, grad_v, k, v, q_ptrs, g_ptrs, LSE, DELTA, q_step, g_step, k_columns, v_columns, start, stop, low, high,
-    limit, scale2, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    grad_k, grad_v, k, v, q_base, g_base, LSE, DELTA, q_step, g_step, k_column, k_columns, v_columns, start, stop, low,
+    high, limit, scale2, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dK (but for the scale) and dV of query rows [start, stop); scores are transposed, ``[keys, rows]``."""
     within = tl.arange(0, BLOCK_M)
-    q_ptrs += tl.cast(start, tl.int64) * q_step
-    g_ptrs += tl.cast(start, tl.int64) * g_step
+    q_offsets = within[:, None] * q_step + k_column[None, :]
+    g_offsets = within[:, None] * g_step + tl.arange(0, grad_v.shape[1])[None, :]
+    q_base += tl.cast(start, tl.int64) * q_step
+    g_base += tl.cast(start, tl.int64) * g_step
     for row in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
         q_loads, g_loads = k_columns[None, :], v_columns[None, :]
         if MASKED:
@@ -206,8 +211,8 @@ def _sweep_queries(
         else:
             lse = tl.load(LSE + row + within)
             delta = tl.load(DELTA + row + within)
-        q = tl.load(q_ptrs, mask=q_loads, other=0.0)
-        grad_out = tl.load(g_ptrs, mask=g_loads, other=0.0).to(v.dtype)
+        q = tl.load(q_base + q_offsets, mask=q_loads, other=0.0)
+        grad_out = tl.load(g_base + g_offsets, mask=g_loads, other=0.0).to(v.dtype)
         lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         weights = tl.math.exp2(scores * scale2 - lse2[None, :])
@@ -218,8 +223,8 @@ def _sweep_queries(
         grad_weights = tl.dot(v, tl.trans(grad_out), input_precision=PRECISION)
         grad_scores = weights * (grad_weights - delta[None, :])
         grad_k = tl.dot(grad_scores.to(k.dtype), q, grad_k, input_precision=PRECISION)
-        q_ptrs += BLOCK_M * q_step
-        g_ptrs += BLOCK_M * g_step
+        q_base += BLOCK_M * q_step
+        g_base += BLOCK_M * g_step
     return grad_k, grad_v
 
 
@@ -257,7 +262,6 @@ def grad_kv_kernel(
     v_mask = (key < keys)[:, None] & exists[None, :]
     k = tl.load(K + sample * k_b + key_head * k_h + wide * k_n + q_columns[None, :], mask=k_mask, other=0.0)
     v = tl.load(V + sample * v_b + key_head * v_h + wide * v_n + columns[None, :], mask=v_mask, other=0.0)
-    within = tl.arange(0, BLOCK_M).to(tl.int64)[:, None]
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     first_key = block * BLOCK_N
@@ -294,22 +298,21 @@ def grad_kv_kernel(
             low = key * 0 + missing
             high = key * 0 + queries
         start, stop = interior(begin, end, full_begin, full_end, BLOCK_M)
-        q_ptrs = q_base + within * q_step + q_columns[None, :]
-        g_ptrs = GRAD_OUT + sample * g_b + head * g_h + within * g_n + columns[None, :]
+        g_base = GRAD_OUT + sample * g_b + head * g_h
         row_lse = LSE + (sample * kv_heads * GROUP + head) * queries
         row_delta = DELTA + (sample * kv_heads * GROUP + head) * queries
         if USE == "window":
             grad_k, grad_v = _sweep_queries(
-                grad_k, grad_v, k, v, q_ptrs, g_ptrs, row_lse, row_delta, q_step, g_n, q_exists, exists, begin,
-                tl.minimum(start, end), low, high, end, scale * LOG2_E, True, BLOCK_M, PRECISION, STAGES,
+                grad_k, grad_v, k, v, q_base, g_base, row_lse, row_delta, q_step, g_n, q_columns, q_exists, exists,
+                begin, tl.minimum(start, end), low, high, end, scale * LOG2_E, True, BLOCK_M, PRECISION, STAGES,
             )  # fmt: skip
         grad_k, grad_v = _sweep_queries(
-            grad_k, grad_v, k, v, q_ptrs, g_ptrs, row_lse, row_delta, q_step, g_n, q_exists, exists, start, stop,
-            low, high, end, scale * LOG2_E, False, BLOCK_M, PRECISION, STAGES,
+            grad_k, grad_v, k, v, q_base, g_base, row_lse, row_delta, q_step, g_n, q_columns, q_exists, exists,
+                start, stop, low, high, end, scale * LOG2_E, False, BLOCK_M, PRECISION, STAGES,
         )  # fmt: skip
         grad_k, grad_v = _sweep_queries(
-            grad_k, grad_v, k, v, q_ptrs, g_ptrs, row_lse, row_delta, q_step, g_n, q_exists, exists, stop, end,
-            low, high, end, scale * LOG2_E, True, BLOCK_M, PRECISION, STAGES,
+            grad_k, grad_v, k, v, q_base, g_base, row_lse, row_delta, q_step, g_n, q_columns, q_exists, exists,
+                stop, end, low, high, end, scale * LOG2_E, True, BLOCK_M, PRECISION, STAGES,
         )  # fmt: skip
 
     grad_k = grad_k * scale
@@ -341,7 +344,7 @@ def gradients(
     rope: RopeTables | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients in the dtypes of q, k, v (un-rotated); of a chunk's keys only its own get any. keys as given forward."""
+    """Gradients in the dtypes of q, k, v (un-rotated); of a chunk's keys only its own get any."""
     batch, queries, heads, head_dim = q.shape
     dtype, mask = keys.v.dtype, keys.mask
     grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -363,30 +366,32 @@ def gradients(
     rotation, block_d = rotary(rope, q), padded(head_dim)
     counts = (0, 0, 1, 1, True) if mask is None else mask
     lengths = lse if keys.num_frames is None else keys.num_frames
-    group = heads // k.shape[2]
+    group, shape = heads // k.shape[2], {"D": head_dim, "BLOCK_D": block_d}
 
     def strides(*tensors: torch.Tensor) -> list[int]:
         return [stride for x in tensors for stride in x.stride()[:3]]
 
+    def options(tile: tiles.Tile) -> dict:
+        return shape | rotation.options | FUSION | {
+            "USE": keys.use, "OWN_CHUNK": counts[4], "GROUP": group, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys,
+            "STAGES": tile.stages, "PRECISION": precision(dtype), "num_warps": tile.warps, "num_stages": tile.stages,
+        }  # fmt: skip
+
     with on_device(q):
-        tile = tiles.backward_tile(tiles.architecture(), block_d, dtype)
-        shape = {"D": head_dim, "BLOCK_D": block_d, "BLOCK_M": tile.rows}
-        options = shape | rotation.options | {
-            "USE": keys.use, "OWN_CHUNK": counts[4], "GROUP": group, "BLOCK_N": tile.keys, "STAGES": tile.stages,
-            "PRECISION": precision(dtype), "num_warps": tile.warps, "num_stages": tile.stages,
-        } | FUSION  # fmt: skip
-        delta_kernel[(triton.cdiv(queries, tile.rows) * heads * batch,)](
-            out, grad_out, grad_lse, delta, *strides(out, grad_out, grad_lse), queries, heads, **shape, num_warps=4,
-            **FUSION,
+        by_rows, by_keys = (tiles.backward_tile(tiles.architecture(), block_d, dtype, of) for of in ("queries", "keys"))
+        delta_kernel[(triton.cdiv(queries, _DELTA_ROWS) * heads * batch,)](
+            out, grad_out, grad_lse, delta, *strides(out, grad_out, grad_lse), queries, heads, **shape,
+            BLOCK_M=_DELTA_ROWS, num_warps=4, **FUSION,
         )  # fmt: skip
-        grad_q_kernel[(triton.cdiv(queries, tile.rows) * heads * batch,)](
+        grad_q_kernel[(triton.cdiv(queries, by_rows.rows) * heads * batch,)](
             turned, sink_turned, keys.k, keys.v, own_k, own_v, grad_out, lse, delta, grads[0], lengths, rotation.turns,
             rotation.spatial, *strides(turned, sink_turned, keys.k, keys.v, own_k, own_v, grad_out), scale, queries,
-            k.shape[1], heads, frame_tokens, keys.capacity, *counts[:4], TWO_FRAMES=frame_tokens >= tile.rows, **options,
+            k.shape[1], heads, frame_tokens, keys.capacity, *counts[:4], TWO_FRAMES=frame_tokens >= by_rows.rows,
+            **options(by_rows),
         )  # fmt: skip
-        grad_kv_kernel[(triton.cdiv(k.shape[1], tile.keys) * k.shape[2] * batch,)](
+        grad_kv_kernel[(triton.cdiv(k.shape[1], by_keys.keys) * k.shape[2] * batch,)](
             turned, sink_turned, own_k, own_v, grad_out, lse, delta, grads[1], grads[2], lengths, rotation.turns,
             rotation.spatial, *strides(turned, sink_turned, own_k, own_v, grad_out), scale, queries, k.shape[1],
-            k.shape[2], frame_tokens, *counts[:4], **options,
+            k.shape[2], frame_tokens, *counts[:4], **options(by_keys),
         )  # fmt: skip
     return grads

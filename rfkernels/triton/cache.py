@@ -281,7 +281,8 @@ def rotate(
     with on_device(x):
         rotate_kernel[(triton.cdiv(tokens, _TOKENS) * heads * batch,)](
             x, out, x if num_frames is None else num_frames, rotation.turns, rotation.spatial, tokens, heads,
-            first_token, 1 if rope is None else rope.frame_tokens, *x.stride()[:3], *((0,) * 4 if mask is None else mask[:4]),
+            first_token, 1 if rope is None else rope.frame_tokens, *x.stride()[:3],
+            *((0,) * 4 if mask is None else mask[:4]),
             STREAM=num_frames is not None, MINUS_EVICTED=mask is not None, D=head_dim, BLOCK_D=padded(head_dim),
             TOKENS=_TOKENS, **rotation.options, num_warps=_WARPS, **FUSION,
         )  # fmt: skip

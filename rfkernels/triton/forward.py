@@ -24,7 +24,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def _sweep(
     acc, total, top, q, k_base, v_base, k_step, v_step, k_column, k_columns, v_columns, start, stop, low, high, limit,
     scale,
-    MASKED: tl.constexpr, ROW_BOUNDS: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, ROW_BOUNDS: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Keys [start, stop) of one range, in tiles: online softmax in base 2.
 
@@ -194,7 +195,7 @@ def forward_kernel(
             begin = missing * part
             end = valid * frame_tokens
             if USE == "chunk":
-                if part == 1:
+                if part == 1:  # known on the device only: not to be joined with the line above
                     end = missing * 0 + queries
                     k_base = OWN_K + wide_sample * ok_b + key_head * ok_h
                     v_base = OWN_V + wide_sample * ov_b + key_head * ov_h
@@ -206,8 +207,8 @@ def forward_kernel(
         start, stop = interior(begin, end, full_begin, full_end, BLOCK_N)
         if USE == "window":
             acc, total, top = _sweep(
-                acc, total, top, q, k_base, v_base, k_step, v_step, q_columns, q_exists, exists, begin, tl.minimum(start, end),
-                low, high, limit, scale2, True, True, D != BLOCK_D, EDGE_N, PRECISION, STAGES,
+                acc, total, top, q, k_base, v_base, k_step, v_step, q_columns, q_exists, exists,
+                begin, tl.minimum(start, end), low, high, limit, scale2, True, True, D != BLOCK_D, EDGE_N, PRECISION, STAGES,
             )  # fmt: skip
         acc, total, top = _sweep(
             acc, total, top, q, k_base, v_base, k_step, v_step, q_columns, q_exists, exists, start, stop,
@@ -327,13 +328,14 @@ def attend(q: torch.Tensor, keys: Keys, rope: RopeTables | None, scale: float) -
             parts, part_lse = (torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
         mask = (0, 0, 1, 1, True) if keys.mask is None else keys.mask
         frame_tokens = rope.frame_tokens if rope is not None and keys.mask is not None else keys.frame_tokens
+        tensors = (q, sink_q, k, v, own_k, own_v)
         forward_kernel[(programs, splits)](
-            q, sink_q, k, v, own_k, own_v, parts, part_lse, q if keys.num_frames is None else keys.num_frames, rotation.turns,
-            rotation.spatial, *(stride for x in (q, sink_q, k, v, own_k, own_v) for stride in x.stride()[:3]), scale, queries,
-            k.shape[1], heads, frame_tokens, keys.capacity, *mask[:4], USE=keys.use, OWN_CHUNK=mask[4],
-            GROUP=heads // k.shape[2], D=head_dim, BLOCK_D=block_d, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLITS=splits,
-            PRECISION=precision(k.dtype), STAGES=tile.stages, TWO_FRAMES=frame_tokens >= tile.rows, **rotation.options, num_warps=tile.warps,
-            num_stages=tile.stages, **FUSION,
+            *tensors, parts, part_lse, q if keys.num_frames is None else keys.num_frames, rotation.turns,
+            rotation.spatial, *(stride for x in tensors for stride in x.stride()[:3]), scale, queries, k.shape[1],
+            heads, frame_tokens, keys.capacity, *mask[:4], USE=keys.use, OWN_CHUNK=mask[4], GROUP=heads // k.shape[2],
+            D=head_dim, BLOCK_D=block_d, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLITS=splits,
+            PRECISION=precision(k.dtype), STAGES=tile.stages, TWO_FRAMES=frame_tokens >= tile.rows,
+            **rotation.options, num_warps=tile.warps, num_stages=tile.stages, **FUSION,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(triton.cdiv(queries, 32) * heads * batch,)](

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from .launch import FUSION, on_device
-from .rotation import narrow
 
 _BLOCK = 4096  # elements a program handles at a time
 _PROGRAMS = 256  # of one sample at most: each program of the second pass adds up their sums

@@ -47,14 +47,20 @@ def forward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str) -
     if block_d <= 64:
         return Tile(128, 64, 4, 2)
     if block_d == 128:
-        # 128 keys halve the rescaling of the accumulator per score. Only wgmma, which reads its operands from shared
-        # memory, leaves the registers for them, and only where one range of keys is swept.
-        return Tile(128, 128, 8, 2) if arch in (90, 100) and use == "prefix" else Tile(128, 64, 8, 2)
-    return Tile(128, 64, 8, 2) if arch in (90, 100) else Tile(64, 32, 4, 2)
+        if use == "prefix" and arch in (90, 100):
+            # 128 keys halve the rescaling of the accumulator per score; only tensor cores that read shared memory
+            # leave the registers for them, and only where a single range of keys is swept.
+            return Tile(128, 128, 8, 2)
+        if use != "prefix" and arch == 100:
+            return Tile(64, 64, 8, 2)  # 128 rows spill
+        if use == "window" and arch != 90:
+            return Tile(128, 32, 8, 2)  # row bounds and two images of the queries: 64 keys spill
+        return Tile(128, 64, 8, 2)
+    return Tile(64, 64, 8, 2) if arch in (90, 100) else Tile(64, 32, 8, 2)
 
 
-def backward_tile(arch: int | None, block_d: int, dtype: torch.dtype) -> Tile:
-    """For both backward kernels."""
+def backward_tile(arch: int | None, block_d: int, dtype: torch.dtype, of: str) -> Tile:
+    """For the backward kernel of ("queries" or "keys")."""
     if arch is None:
         return Tile(32, 32, 4, 1)
     if dtype == torch.float32:
@@ -62,7 +68,9 @@ def backward_tile(arch: int | None, block_d: int, dtype: torch.dtype) -> Tile:
     if block_d <= 64:
         return Tile(64, 64, 4, 2)
     if block_d == 128:
-        return Tile(64, 64, 8, 2) if arch != 120 else Tile(64, 32, 8, 2)
+        if of == "queries":
+            return Tile(64, 64, 8, 2) if arch == 80 else Tile(64, 32, 8, 2)
+        return Tile(32, 64, 8, 2) if arch in (100, 120) else Tile(64, 64, 8, 2)
     return Tile(32, 32, 8, 1)
 
 
