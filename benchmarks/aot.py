@@ -24,7 +24,7 @@ ARCHITECTURES = (80, 90, 100, 120)
 SHARED_BLOCK = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 SHARED_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
 THREADS_SM = {80: 2048, 90: 2048, 100: 2048, 120: 1536}
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class _Driver:
@@ -45,7 +45,7 @@ class _Driver:
 
 @dataclass
 class Compiled:
-    """One launch: the kernel's name, its constexprs, and what the assembler said."""
+    """One launch: the kernel's name, its constexprs, and what the assembler made of it."""
 
     name: str
     arch: int
@@ -55,8 +55,8 @@ class Compiled:
     shared: int
     registers: int
     stack: int
-    spills: int
-    cubin: bytes = field(repr=False)
+    spills: int  # instructions that move registers to and from local memory
+    sass: str = field(repr=False)
     ptx: str = field(repr=False)
 
     @property
@@ -65,15 +65,12 @@ class Compiled:
         shared = self.shared + 1024  # the system's own
         return min(65536 // registers, SHARED_SM[self.arch] // shared, THREADS_SM[self.arch] // (32 * self.warps), 32)
 
-    def sass(self) -> str:
-        return _tool("nvdisasm", self.cubin)
-
 
 def _tool(name: str, cubin: bytes, *arguments: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(_TOOLS / name), *arguments, file.name]
+        command = [str(TOOLS / name), *arguments, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -82,10 +79,10 @@ def _describe(kernel, name: str, arch: int, options: dict) -> Compiled:
     usage = _tool("cuobjdump", cubin, "-res-usage")
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
     meta = kernel.metadata
-    # Spills are local stores; a kernel without local memory has none.
-    local = int(re.search(r"LOCAL:(\d+)", usage)[1])
+    sass = _tool("nvdisasm", cubin)
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
     return Compiled(
-        name, arch, options, meta.num_warps, meta.num_stages, meta.shared, registers, stack, local, cubin, ptx
+        name, arch, options, meta.num_warps, meta.num_stages, meta.shared, registers, stack, spills, sass, ptx
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -49,3 +50,38 @@ def test_importing_rfkernels_leaves_triton_alone():
         "import rfkernels\nassert ('triton' in sys.modules) == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize(
+    "dtype, head_dim",
+    [
+        pytest.param(torch.bfloat16, 128, id="bf16-128"),
+        pytest.param(torch.float16, 128, id="fp16-128", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 64, id="bf16-64", marks=pytest.mark.slow),
+        pytest.param(torch.float16, 64, id="fp16-64", marks=pytest.mark.slow),
+    ],
+)
+def test_every_kernel_compiles_ahead_of_time(arch, dtype, head_dim):
+    """No spill, no stack frame, within the shared memory of the architecture; needs no GPU."""
+    aot = pytest.importorskip("benchmarks.aot", reason="needs the source tree")
+    from benchmarks.static_report import calls
+
+    for name, call in calls(dtype, head_dim).items():
+        launched = aot.compiled(call, arch)
+        assert launched, name
+        for kernel in launched:
+            what = f"{name}: {kernel.name} for sm_{arch}"
+            assert kernel.spills == 0 and kernel.stack == 0, f"{what} spills: {kernel}"
+            assert kernel.shared <= aot.SHARED_BLOCK[arch], f"{what} needs {kernel.shared} bytes of shared memory"
+
+
+def test_the_static_report_has_not_changed():
+    """Against the checked-in baseline, for the toolchains it knows."""
+    report = pytest.importorskip("benchmarks.static_report", reason="needs the source tree")
+    baseline = json.loads(report.BASELINE.read_text())
+    known = [arch for arch in report.ARCHITECTURES if report.toolchain(arch) in baseline]
+    if not known:
+        pytest.skip(f"the baseline knows {sorted(baseline)}, not {report.toolchain(80)}")
+    for arch in known:
+        assert report.report(torch.bfloat16, 128, arch) == baseline[report.toolchain(arch)]

@@ -378,7 +378,9 @@ def gradients(
         }  # fmt: skip
 
     with on_device(q):
-        by_rows, by_keys = (tiles.backward_tile(tiles.architecture(), block_d, dtype, of) for of in ("queries", "keys"))
+        by_rows, by_keys = (
+            tiles.backward_tile(tiles.architecture(), block_d, dtype, keys.use, of) for of in ("queries", "keys")
+        )
         delta_kernel[(triton.cdiv(queries, _DELTA_ROWS) * heads * batch,)](
             out, grad_out, grad_lse, delta, *strides(out, grad_out, grad_lse), queries, heads, **shape,
             BLOCK_M=_DELTA_ROWS, num_warps=4, **FUSION,

@@ -208,7 +208,8 @@ def forward_kernel(
         if USE == "window":
             acc, total, top = _sweep(
                 acc, total, top, q, k_base, v_base, k_step, v_step, q_columns, q_exists, exists,
-                begin, tl.minimum(start, end), low, high, limit, scale2, True, True, D != BLOCK_D, EDGE_N, PRECISION, STAGES,
+                begin, tl.minimum(start, end), low, high, limit, scale2, True, True, D != BLOCK_D, EDGE_N, PRECISION,
+                STAGES,
             )  # fmt: skip
         acc, total, top = _sweep(
             acc, total, top, q, k_base, v_base, k_step, v_step, q_columns, q_exists, exists, start, stop,

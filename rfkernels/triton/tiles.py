@@ -59,8 +59,8 @@ def forward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str) -
     return Tile(64, 64, 8, 2) if arch in (90, 100) else Tile(64, 32, 8, 2)
 
 
-def backward_tile(arch: int | None, block_d: int, dtype: torch.dtype, of: str) -> Tile:
-    """For the backward kernel of ("queries" or "keys")."""
+def backward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str, of: str) -> Tile:
+    """For the backward kernel of "queries" or of "keys"; the largest tiles that do not spill."""
     if arch is None:
         return Tile(32, 32, 4, 1)
     if dtype == torch.float32:
@@ -69,6 +69,8 @@ def backward_tile(arch: int | None, block_d: int, dtype: torch.dtype, of: str) -
         return Tile(64, 64, 4, 2)
     if block_d == 128:
         if of == "queries":
+            if arch in (100, 120):
+                return Tile(32, 64, 4, 2) if use == "chunk" and arch == 100 else Tile(32, 64, 8, 2)
             return Tile(64, 64, 8, 2) if arch == 80 else Tile(64, 32, 8, 2)
         return Tile(32, 64, 8, 2) if arch in (100, 120) else Tile(64, 64, 8, 2)
     return Tile(32, 32, 8, 1)
