@@ -284,6 +284,6 @@ def rotate(
             first_token, 1 if rope is None else rope.frame_tokens, *x.stride()[:3],
             *((0,) * 4 if mask is None else mask[:4]),
             STREAM=num_frames is not None, MINUS_EVICTED=mask is not None, D=head_dim, BLOCK_D=padded(head_dim),
-            TOKENS=_TOKENS, **rotation.options, num_warps=_WARPS, **FUSION,
+            TOKENS=_TOKENS, **rotation.options, num_warps=2 * _WARPS, **FUSION,
         )  # fmt: skip
     return out

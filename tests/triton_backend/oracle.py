@@ -59,7 +59,7 @@ class Streams:
         """NaN into every entry of the cache that no frame has reached."""
         for _, cache, _ in self.runs():
             tokens = cache.geometry.frame_tokens
-            for sample, age in enumerate(cache._ages):
+            for sample, age in enumerate(cache.ages):
                 for x in (cache.k, cache.v):
                     x[:, sample, cache.geometry.valid_frames(age) * tokens :] = float("nan")
 
