@@ -22,7 +22,7 @@ def test_in_the_interpreter(module):
     """Triton decides at import whether it interprets; this process must not, or every test would run interpreted."""
     path = Path(__file__).parent / "triton_backend" / module
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(path)]
+    command = [sys.executable, "-m", "pytest", "-x", str(path)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert "passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-2000:]
