@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 from .. import native
-from . import reference, sdpa
+from . import reference, sdpa, triton
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,12 @@ _TABLE: dict[str, Backend] = {
     "sdpa": Backend(
         sdpa, lambda device: None, f"torch's scaled_dot_product_attention, any device; on the CPU {_NATIVE}"
     ),
+    "triton": Backend(triton, triton.why_not, "Triton kernels, on CUDA devices (interpreted on a CPU, for tests)"),
 }
 
-# First that can run wins. Measured on a CPU only (benchmarks/README.md).
-_AUTO: tuple[str, ...] = ("sdpa", "reference")
+# First that can run wins, by type of device. Measured on a CPU only (benchmarks/README.md).
+_AUTO: dict[str, tuple[str, ...]] = {"cuda": ("triton", "sdpa", "reference")}
+_AUTO_ELSEWHERE: tuple[str, ...] = ("sdpa", "reference")
 
 _chosen: str | None = None  # a plain global: torch.compile guards it
 
@@ -56,7 +58,12 @@ def resolve(device: torch.device) -> str:
         if why_not is not None:
             raise ValueError(f"backend {_chosen!r} does not run on {device}: {why_not}")
         return _chosen
-    return next(name for name in _AUTO if _TABLE[name].why_not(device) is None)
+    return _first(device)
+
+
+def _first(device: torch.device) -> str:
+    order = _AUTO.get(device.type, _AUTO_ELSEWHERE)
+    return next(name for name in order if _TABLE[name].why_not(device) is None)
 
 
 def available_backends(device: torch.device | str | None = None) -> list[str]:
@@ -73,7 +80,7 @@ def explain_backends(device: torch.device | str | None = None) -> dict[str, str]
         why_not = backend.why_not(device)
         rows[name] = f"available: {backend.note}" if why_not is None else f"not available: {why_not}"
     measured = "" if device.type == "cpu" else " (order not measured)"
-    rows["auto"] = f"on {device.type}: {next(n for n in _AUTO if _TABLE[n].why_not(device) is None)}{measured}"
+    rows["auto"] = f"on {device.type}: {_first(device)}{measured}"
     return rows
 
 

@@ -1,0 +1,201 @@
+"""What the assembler made of the Triton kernels: ``python -m benchmarks.static_report [--check | --write]``.
+
+Registers, spills, stack, shared memory, CTAs per SM and the instruction mix of the forward kernel's mask-free loop, for
+every architecture, without a GPU. Static facts only: nothing here is a timing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+
+from benchmarks.aot import ARCHITECTURES, TOOLS, Compiled, compiled
+from rfkernels import Rope3D
+from rfkernels.arguments import CacheTensors, Past
+from rfkernels.backends import triton as backend
+from rfkernels.geometry import CacheGeometry, WindowMask
+from rfkernels.triton import tiles
+
+BASELINE = Path(__file__).parent / "static_baseline.json"
+TOKENS, SINKS, WINDOW, FRAMES, HEADS = 1560, 3, 6, 3, 12  # the paper's shape
+ROWS = TOKENS * 9  # of a training sequence
+
+
+def calls(dtype: torch.dtype, head_dim: int, frame_tokens: int = TOKENS) -> dict[str, Callable[[], object]]:
+    """Every operation on meta tensors, by name."""
+    rope = Rope3D(head_dim, 30, frame_tokens // 30) if frame_tokens > 1 else Rope3D(head_dim)
+    tables = rope.tables("meta", dtype, frame_tokens)
+    geometry, scale = CacheGeometry(SINKS, WINDOW, frame_tokens), head_dim**-0.5
+    mask = WindowMask(SINKS * frame_tokens, WINDOW * frame_tokens, FRAMES * frame_tokens, FRAMES * frame_tokens, True)
+    causal = WindowMask(4, 4096, 1, 1, True)
+
+    def meta(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    cache = meta(1, 1, HEADS, geometry.capacity * frame_tokens, head_dim).transpose(2, 3)
+    sums = meta(1, 1, HEADS, SINKS * frame_tokens, head_dim, dtype=torch.float32).transpose(2, 3)
+    lengths, decay = meta(1, dtype=torch.int64), meta(2, HEADS, dtype=torch.float32)
+    chunk, frame = meta(1, FRAMES * frame_tokens, HEADS, head_dim), meta(frame_tokens, HEADS, head_dim)
+    past = Past([frame] * (SINKS + WINDOW - FRAMES), [frame] * (SINKS + WINDOW - FRAMES), lengths, True, dtype)
+    rows, latent = meta(1, ROWS, HEADS, head_dim), meta(1, 21, 16, 60, 104)
+    lse, all_lse = (meta(1, HEADS, n, dtype=torch.float32) for n in (FRAMES * frame_tokens, ROWS))
+    layer = CacheTensors(cache[0], cache[0], sums[0], sums[0])
+    return {
+        "begin_chunk": lambda: backend.begin_chunk(
+            CacheTensors(cache, cache, sums, sums), lengths, FRAMES, None, decay, tables, geometry, True
+        ),
+        "streaming": lambda: backend.streaming_attention(
+            chunk, chunk, chunk, layer, lengths, tables, geometry, scale, True, False
+        ),
+        "chunk": lambda: backend.chunk_attention(chunk, chunk, chunk, past, tables, geometry, scale),
+        "chunk backward": lambda: backend.chunk_attention_backward(
+            chunk, lse, chunk, chunk, chunk, chunk, lse, past, tables, geometry, scale
+        ),
+        "window, rope": lambda: backend.sink_window_attention(rows, rows, rows, tables, mask, scale),
+        "window": lambda: backend.sink_window_attention(rows, rows, rows, None, causal, scale),
+        "window backward, rope": lambda: backend.sink_window_attention_backward(
+            rows, all_lse, rows, rows, rows, rows, all_lse, tables, mask, scale
+        ),
+        "window backward": lambda: backend.sink_window_attention_backward(
+            rows, all_lse, rows, rows, rows, rows, all_lse, None, causal, scale
+        ),
+        "loss": lambda: backend.redmd_loss(
+            latent, latent, latent, latent, None, meta(1, dtype=torch.float32), None, 3.0, 0.0, True
+        ),
+    }
+
+
+# --- the main loop ----------------------------------------------------------------------------------------------------
+
+_TENSOR = re.compile(r"HMMA|HGMMA|UTC\w*MMA|OMMA|QMMA")
+_MEMORY = re.compile(r"LD|ST|UTMA|UBLKCP|ATOM|RED\b")
+_BARRIER = re.compile(r"BAR|WARPSYNC|SYNCS|DEPBAR|WARPGROUP")
+
+
+def loops(sass: str) -> Iterator[list[str]]:
+    """Opcodes of every innermost loop: from a label to the branch back to it."""
+    where: dict[str, int] = {}
+    opcodes: list[str] = []
+    spans = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*\.(L_x_\d+):", line):
+            where[label[1]] = len(opcodes)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            target = re.search(r"\.(L_x_\d+)", found[2])
+            if found[1].startswith("BRA") and target and target[1] in where:
+                spans.append((where[target[1]], len(opcodes) + 1))
+            opcodes.append(found[1])
+    for begin, end in spans:
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in spans):
+            yield opcodes[begin:end]
+
+
+def main_loop(kernel: Compiled) -> dict | None:
+    """The mask-free loop, which has the most products: counts for one warp, and non-tensor instructions per score."""
+    found = [loop for loop in loops(kernel.sass) if any(_TENSOR.match(op) for op in loop)]
+    if not found:
+        return None
+    loop = max(found, key=lambda ops: sum(bool(_TENSOR.match(op)) for op in ops))
+    counts = Counter(
+        "tensor" if _TENSOR.match(op) else "special" if op.startswith("MUFU") else
+        "barrier" if _BARRIER.match(op) else "memory" if _MEMORY.match(op) else "other"
+        for op in loop
+    )  # fmt: skip
+    scores = kernel.options["BLOCK_M"] * kernel.options["BLOCK_N"] // (32 * kernel.warps)
+    rest = len(loop) - counts["tensor"]
+    turns = max(1, round(sum(op.startswith("MUFU.EX2") for op in loop) / scores))  # ptxas may unroll
+    return {key: counts[key] for key in ("tensor", "memory", "special", "barrier", "other")} | {
+        "per_score": round(rest / (scores * turns), 2)
+    }
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def toolchain(arch: int) -> str:
+    tool = "ptxas-blackwell" if arch >= 100 else "ptxas"
+    said = subprocess.run([str(TOOLS / tool), "--version"], capture_output=True, text=True).stdout
+    return f"triton {triton.__version__}, ptxas {re.search(r'release [^,]*, V([0-9.]+)', said)[1]}, sm_{arch}"
+
+
+def row(name: str, kernel: Compiled) -> dict:
+    options = kernel.options
+    tile = [options[k] for k in ("BLOCK_M", "BLOCK_N") if k in options]
+    facts = {
+        "case": name, "kernel": kernel.name, "tile": tile, "warps": kernel.warps, "stages": kernel.stages,
+        "registers": kernel.registers, "spills": kernel.spills, "stack": kernel.stack, "shared": kernel.shared,
+        "ctas_per_sm": kernel.ctas_per_sm,
+    }  # fmt: skip
+    if kernel.name == "forward_kernel":
+        facts["loop"] = main_loop(kernel)
+    return facts
+
+
+def anchors(dtype: torch.dtype, arch: int) -> Iterator[dict]:
+    """The streaming kernel at the anchors' tiles: two and three stages side by side."""
+    chosen = tiles.forward_tile
+    rows = (128, 128) if arch in (90, 100) else (128, 64)
+    try:
+        for stages in (2, 3):
+            tiles.forward_tile = lambda *_, stages=stages: tiles.Tile(*rows, 8, stages)
+            launched = compiled(calls(dtype, 128)["streaming"], arch)
+            yield from (row(f"anchor, {stages} stages", k) for k in launched if k.name == "forward_kernel")
+    finally:
+        tiles.forward_tile = chosen
+
+
+def report(dtype: torch.dtype, head_dim: int, arch: int) -> list[dict]:
+    rows = [row(name, kernel) for name, call in calls(dtype, head_dim).items() for kernel in compiled(call, arch)]
+    return rows + (list(anchors(dtype, arch)) if head_dim == 128 else [])
+
+
+def show(rows: list[dict]) -> None:
+    for r in rows:
+        tile = "x".join(map(str, r["tile"])) or "-"
+        loop = r.get("loop")
+        mix = "" if not loop else "  " + " ".join(f"{k} {v}" for k, v in loop.items())
+        print(
+            f"{r['case']:22s} {r['kernel']:19s} {tile:8s} {r['warps']} warps {r['stages']} stages  {r['registers']:3d} "
+            f"regs {r['spills']:4d} spill {r['stack']:4d} stack {r['shared']:7d} B  {r['ctas_per_sm']} CTA/SM{mix}"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--check", action="store_true", help="compare with the checked-in baseline")
+    parser.add_argument("--write", action="store_true", help="write the baseline")
+    arguments = parser.parse_args()
+    reports = {}
+    for arch in arguments.arch:
+        reports[toolchain(arch)] = report(torch.bfloat16, 128, arch)
+        print(toolchain(arch), "bfloat16, head_dim 128")
+        show(reports[toolchain(arch)])
+    if arguments.write:
+        lines = (
+            f" {json.dumps(key)}: [\n" + ",\n".join("  " + json.dumps(r) for r in rows) + "\n ]"
+            for key, rows in reports.items()
+        )
+        BASELINE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    if arguments.check:
+        baseline = json.loads(BASELINE.read_text())
+        for key, rows in reports.items():
+            if key not in baseline:
+                print(f"no baseline for {key}: not compared")
+            elif baseline[key] != rows:
+                print(f"differs from the baseline: {key}")
+                return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""What every launch needs: rotary arguments, tensors with a unit last stride, the device."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+
+from ..rope import RopeTables
+
+FUSION = {"enable_fp_fusion": True}  # multiply-adds contract: Triton's default, written down
+
+
+class Rotary(NamedTuple):
+    """Kernel arguments for a rope; without one, x stands in for the tables and nothing reads it."""
+
+    turns: torch.Tensor
+    spatial: torch.Tensor
+    options: dict
+
+
+def rotary(rope: RopeTables | None, x: torch.Tensor) -> Rotary:
+    if rope is None:
+        return Rotary(x, x, {"ROPE": False, "HALF": False, "FRAME_PAIRS": 0})
+    options = {"ROPE": True, "HALF": rope.half_split, "FRAME_PAIRS": rope.frame_turns.shape[0]}
+    return Rotary(rope.frame_turns, rope.spatial, options)
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """x, with a unit last stride: kernels take any other stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def padded(head_dim: int) -> int:
+    """Columns of a tile: a power of two."""
+    return triton.next_power_of_2(head_dim)
+
+
+def on_device(x: torch.Tensor):
+    """Triton launches on the current device; an op may be called with tensors of another."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,107 @@
+"""Device functions that every kernel shares: phases, rotation of a tile, stores that saturate."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """Rounds to DTYPE; float16 saturates (a rotation may grow by sqrt(2)), NaN stays NaN."""
+    if x.dtype == DTYPE:
+        return x
+    if DTYPE == tl.float16:
+        x = tl.where(x > 65504.0, 65504.0, tl.where(x < -65504.0, -65504.0, x))
+    return x.to(DTYPE)
+
+
+@triton.jit
+def sincos_turns(t):
+    """sin and cos of ``2 pi t`` for float32 ``|t| <= 1/2``, to 1e-7.
+
+    Polynomials over an eighth of a turn: libdevice's sinf carries a slow path for huge angles and its stack frame.
+    """
+    quarter = tl.floor(4.0 * t + 0.5)
+    r = (t - 0.25 * quarter) * 6.283185307179586  # the difference is exact; |r| <= pi / 4
+    r2 = r * r
+    s = r + r * r2 * (-1.0 / 6 + r2 * (1.0 / 120 + r2 * (-1.0 / 5040 + r2 * (1.0 / 362880))))
+    c = 1.0 + r2 * (-0.5 + r2 * (1.0 / 24 + r2 * (-1.0 / 720 + r2 * (1.0 / 40320))))
+    quadrant = quarter.to(tl.int32) & 3
+    swap = (quadrant & 1) == 1
+    sin = tl.where(swap, c, s)
+    cos = tl.where(swap, s, c)
+    sin = tl.where(quadrant >= 2, -sin, sin)
+    cos = tl.where((quadrant == 1) | (quadrant == 2), -cos, cos)
+    return sin, cos
+
+
+@triton.jit
+def frame_phases(frames, TURNS, BLOCK_D: tl.constexpr, FRAME_PAIRS: tl.constexpr):
+    """sin and cos of the frame pairs, ``[1 or rows, BLOCK_D / 2]``: angles reduced in turns in float64."""
+    pair = tl.arange(0, BLOCK_D // 2)
+    turns = tl.load(TURNS + pair, mask=pair < FRAME_PAIRS, other=0.0)
+    t = frames.to(tl.float64) * turns[None, :]
+    return sincos_turns((t - tl.floor(t + 0.5)).to(tl.float32))
+
+
+@triton.jit
+def with_spatial(sin, cos, tokens, SPATIAL, D: tl.constexpr, BLOCK_D: tl.constexpr, FRAME_PAIRS: tl.constexpr):
+    """Fills in the row and column pairs of ``tokens [rows]`` from the table."""
+    pair = tl.arange(0, BLOCK_D // 2)
+    if FRAME_PAIRS < D // 2:
+        at = SPATIAL + 2 * (tokens[:, None] * (D // 2 - FRAME_PAIRS) + (pair - FRAME_PAIRS)[None, :])
+        in_table = ((pair >= FRAME_PAIRS) & (pair < D // 2))[None, :] & (tokens >= 0)[:, None]
+        cos = tl.where(in_table, tl.load(at, mask=in_table, other=1.0), cos)
+        sin = tl.where(in_table, tl.load(at + 1, mask=in_table, other=0.0), sin)
+    return cos, sin
+
+
+@triton.jit
+def phases(frames, tokens, TURNS, SPATIAL, D: tl.constexpr, BLOCK_D: tl.constexpr, FRAME_PAIRS: tl.constexpr):
+    """cos and sin ``[rows or 1, BLOCK_D / 2]``; frames: a scalar or ``[rows, 1]``, tokens ``[rows]`` of their frame."""
+    sin, cos = frame_phases(frames, TURNS, BLOCK_D, FRAME_PAIRS)
+    return with_spatial(sin, cos, tokens, SPATIAL, D, BLOCK_D, FRAME_PAIRS)
+
+
+@triton.jit
+def phases_of_two(
+    first, last, is_last, tokens, TURNS, SPATIAL, D: tl.constexpr, BLOCK_D: tl.constexpr, FRAME_PAIRS: tl.constexpr
+):
+    """`phases` of rows that lie in frame ``first``, or in ``last`` where ``is_last [rows]``: each computed once."""
+    sin, cos = frame_phases(first, TURNS, BLOCK_D, FRAME_PAIRS)
+    sin2, cos2 = frame_phases(last, TURNS, BLOCK_D, FRAME_PAIRS)
+    sin, cos = tl.where(is_last[:, None], sin2, sin), tl.where(is_last[:, None], cos2, cos)
+    return with_spatial(sin, cos, tokens, SPATIAL, D, BLOCK_D, FRAME_PAIRS)
+
+
+@triton.jit
+def head_columns(D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr):
+    """Where the BLOCK_D columns of a tile of queries or keys lie in a head, and which exist.
+
+    Pairs (i, i + D / 2) put the padding after each half, so that a padded tile still splits into its pairs.
+    """
+    column = tl.arange(0, BLOCK_D)
+    exists = column < D
+    if HALF and D != BLOCK_D:
+        second = column >= BLOCK_D // 2
+        within = tl.where(second, column - BLOCK_D // 2, column)
+        column = tl.where(second, within + D // 2, within)
+        exists = within < D // 2
+    return column, exists
+
+
+@triton.jit
+def rotate_tile(x, cos, sin, HALF: tl.constexpr):
+    """``x [rows, columns]`` in the order of `head_columns`, turned by the phases; in float32."""
+    ROWS: tl.constexpr = x.shape[0]
+    PAIRS: tl.constexpr = x.shape[1] // 2
+    x = x.to(tl.float32)
+    if HALF:
+        a, b = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, PAIRS)), (0, 2, 1)))
+    else:
+        a, b = tl.split(tl.reshape(x, (ROWS, PAIRS, 2)))
+    turned = tl.join(a * cos - b * sin, a * sin + b * cos)
+    if HALF:
+        turned = tl.permute(turned, (0, 2, 1))
+    return tl.reshape(turned, (ROWS, 2 * PAIRS))

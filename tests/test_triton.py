@@ -1,0 +1,87 @@
+"""The Triton backend: its numeric tests in a process of their own, compilation ahead of time, and its refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rfkernels as rf
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/triton_backend run as they are")
+@pytest.mark.parametrize("module", ["test_cache.py", "test_gradients.py"])
+def test_in_the_interpreter(module):
+    """Triton decides at import whether it interprets; this process must not, or every test would run interpreted."""
+    path = Path(__file__).parent / "triton_backend" / module
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", str(path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert "passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-2000:]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_why():
+    assert "TRITON_INTERPRET" in rf.explain_backends("cpu")["triton"]
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"), rf.use_backend("triton"):
+        pass
+
+
+def test_import_works_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import rfkernels as rf\n"
+        "assert 'not installed' in rf.explain_backends('cpu')['triton'], rf.explain_backends('cpu')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_rfkernels_leaves_triton_alone():
+    code = (
+        "import sys, torch\nbefore = 'triton' in sys.modules\n"
+        "import rfkernels\nassert ('triton' in sys.modules) == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize(
+    "dtype, head_dim",
+    [
+        pytest.param(torch.bfloat16, 128, id="bf16-128"),
+        pytest.param(torch.float16, 128, id="fp16-128", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 64, id="bf16-64", marks=pytest.mark.slow),
+        pytest.param(torch.float16, 64, id="fp16-64", marks=pytest.mark.slow),
+    ],
+)
+def test_every_kernel_compiles_ahead_of_time(arch, dtype, head_dim):
+    """No spill, no stack frame, within the shared memory of the architecture; needs no GPU."""
+    aot = pytest.importorskip("benchmarks.aot", reason="needs the source tree")
+    from benchmarks.static_report import calls
+
+    for name, call in calls(dtype, head_dim).items():
+        launched = aot.compiled(call, arch)
+        assert launched, name
+        for kernel in launched:
+            what = f"{name}: {kernel.name} for sm_{arch}"
+            assert kernel.spills == 0 and kernel.stack == 0, f"{what} spills: {kernel}"
+            assert kernel.shared <= aot.SHARED_BLOCK[arch], f"{what} needs {kernel.shared} bytes of shared memory"
+
+
+def test_the_static_report_has_not_changed():
+    """Against the checked-in baseline, for the toolchains it knows."""
+    report = pytest.importorskip("benchmarks.static_report", reason="needs the source tree")
+    baseline = json.loads(report.BASELINE.read_text())
+    known = [arch for arch in report.ARCHITECTURES if report.toolchain(arch) in baseline]
+    if not known:
+        pytest.skip(f"the baseline knows {sorted(baseline)}, not {report.toolchain(80)}")
+    for arch in known:
+        assert report.report(torch.bfloat16, 128, arch) == baseline[report.toolchain(arch)]
