@@ -51,7 +51,7 @@ def streaming_attention(
     full = cache.full if cache.device.type != "cpu" else False  # a CPU backend reads the lengths
     out, lse = _ops.streaming_attention(
         q, k, v, *layer.tensors, cache.num_frames, *cache.rope_arguments, *cache.geometry, scale, full, return_lse,
-        backends.resolve(cache.device),
+        backends.resolve(cache.device, cache.dtype, cache.head_dim),
     )  # fmt: skip
     out = out.to(v.dtype)
     return (out, lse) if return_lse else out
@@ -85,7 +85,7 @@ def chunk_attention(
     tables = context.rope or (None, None, False)
     out, lse = _ops.chunk_attention(
         q, k, v, past.k, past.v, past.num_frames, past.full, past.dtype, *tables, *geometry, scale,
-        backends.resolve(context.device),
+        backends.resolve(context.device, past.dtype, context.head_dim),
     )  # fmt: skip
     out = out.to(v.dtype)
     return (out, lse) if return_lse else out
@@ -158,7 +158,7 @@ def sink_window_attention(
         bool(own_chunk),
         *tables,
         checks.scale(scale, head_dim),
-        backends.resolve(q.device),
+        backends.resolve(q.device, v.dtype, head_dim),
     )
     return (out, lse) if return_lse else out
 

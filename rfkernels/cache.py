@@ -42,7 +42,7 @@ class CacheLayer:
         cache = self.cache
         cache.check_chunk(k=k, v=v)
         t, rope = self.tensors, cache.rope_arguments
-        backend = backends.resolve(cache.device)
+        backend = backends.resolve(cache.device, cache.dtype, cache.head_dim)
         with torch.no_grad():
             _ops.write(
                 t.k,
@@ -259,7 +259,7 @@ class EMASinkCache:
         evicted = self.geometry.evicted_frames
         with torch.no_grad():
             if any(evicted(ages[b]) > evicted(self.ages[b]) for b in chosen):
-                t, backend = self.accumulators, backends.resolve(self.device)
+                t, backend = self.accumulators, backends.resolve(self.device, self.dtype, self.head_dim)
                 _ops.begin_chunk(
                     t.k, t.v, t.sink_k, t.sink_v, self.num_frames, new, advancing, self._decay, *self.rope_arguments,
                     *self.geometry, self.sink_positions == "before_window", backend,

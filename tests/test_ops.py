@@ -3,9 +3,12 @@
 import contextlib
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+import torch._dynamo.testing
+import torch._inductor.utils
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -324,14 +327,14 @@ def test_backends_explain_themselves():
 
 
 def test_use_backend_nests_and_restores():
-    assert backends.resolve(torch.device("cpu")) == "sdpa"
+    assert backends.resolve(torch.device("cpu"), torch.float32, 64) == "sdpa"
     with rf.use_backend("reference"):
         with rf.use_backend("auto"):
-            assert backends.resolve(torch.device("cpu")) == "sdpa"
-        assert backends.resolve(torch.device("cpu")) == "reference"
+            assert backends.resolve(torch.device("cpu"), torch.float32, 64) == "sdpa"
+        assert backends.resolve(torch.device("cpu"), torch.float32, 64) == "reference"
     with pytest.raises(RuntimeError, match="inside"), rf.use_backend("reference"):
         raise RuntimeError("inside")
-    assert backends.resolve(torch.device("cpu")) == "sdpa"
+    assert backends.resolve(torch.device("cpu"), torch.float32, 64) == "sdpa"
 
 
 def test_backward_uses_the_backend_of_the_forward(device, monkeypatch):
@@ -344,3 +347,17 @@ def test_backward_uses_the_backend_of_the_forward(device, monkeypatch):
         out = rf.chunk_attention(q, k, v, cache[0].context())
     out.sum().backward()
     assert called
+
+
+def test_auto_takes_the_next_backend_that_serves_the_dtype_and_head_dim(monkeypatch):
+    """float64 and odd head sizes where the first choice has no kernels for them; a named backend never falls back."""
+    monkeypatch.setattr(backends, "_AUTO_ELSEWHERE", ("triton", "sdpa"))
+    monkeypatch.setitem(backends._TABLE, "triton", replace(backends._TABLE["triton"], why_not=lambda device: None))
+    device = torch.device("cpu")
+    assert backends.resolve(device, torch.bfloat16, 128) == "triton"
+    assert backends.resolve(device, torch.float64, 128) == backends.resolve(device, torch.bfloat16, 40) == "sdpa"
+    with rf.use_backend("triton"):
+        with pytest.raises(ValueError, match=r"'triton' cannot do this: .* got torch.float64"):
+            backends.resolve(device, torch.float64, 128)
+        with pytest.raises(ValueError, match=r"multiple of 16 in 32..256, got 40"):
+            backends.resolve(device, torch.bfloat16, 40)

@@ -18,13 +18,21 @@ from .. import native
 from . import reference, sdpa, triton
 
 
+def _serves_all(dtype: torch.dtype, head_dim: int | None) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
-    """module: its functions. why_not: why it cannot run on a device, or None. note: what explain_backends adds."""
+    """module: its functions. note: what explain_backends adds.
+
+    why_not: why it cannot run on a device, or None. refuses: why it does not serve a dtype and head_dim, or None.
+    """
 
     module: ModuleType
     why_not: Callable[[torch.device], str | None]
     note: str
+    refuses: Callable[[torch.dtype, int | None], str | None] = _serves_all
 
 
 _NATIVE = "compiled CPU loops" if native.missing is None else f"no compiled CPU loops: {native.missing}"
@@ -34,7 +42,9 @@ _TABLE: dict[str, Backend] = {
     "sdpa": Backend(
         sdpa, lambda device: None, f"torch's scaled_dot_product_attention, any device; on the CPU {_NATIVE}"
     ),
-    "triton": Backend(triton, triton.why_not, "Triton kernels, on CUDA devices (interpreted on a CPU, for tests)"),
+    "triton": Backend(
+        triton, triton.why_not, "Triton kernels, on CUDA devices (interpreted on a CPU, for tests)", triton.refuses
+    ),
 }
 
 # First that can run wins, by type of device. Measured on a CPU only (benchmarks/README.md).
@@ -51,19 +61,25 @@ def get(name: str) -> ModuleType:
     return _TABLE[name].module
 
 
-def resolve(device: torch.device) -> str:
-    """The backend for tensors on ``device``: the named one (which never falls back), else the first of `auto`."""
-    if _chosen is not None:
-        why_not = _TABLE[_chosen].why_not(device)
-        if why_not is not None:
-            raise ValueError(f"backend {_chosen!r} does not run on {device}: {why_not}")
-        return _chosen
-    return _first(device)
+def resolve(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
+    """The backend for tensors like these: the named one (which never falls back), else the first of `auto`.
+
+    Raises:
+        ValueError: the named backend does not run on the device, or does not serve the dtype or head_dim.
+    """
+    if _chosen is None:
+        return _first(device, dtype, head_dim)
+    reason = _TABLE[_chosen].why_not(device) or _TABLE[_chosen].refuses(dtype, head_dim)
+    if reason is not None:
+        raise ValueError(f"backend {_chosen!r} cannot do this: {reason}")
+    return _chosen
 
 
-def _first(device: torch.device) -> str:
-    order = _AUTO.get(device.type, _AUTO_ELSEWHERE)
-    return next(name for name in order if _TABLE[name].why_not(device) is None)
+def _first(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
+    for name in _AUTO.get(device.type, _AUTO_ELSEWHERE):
+        if _TABLE[name].why_not(device) is None and _TABLE[name].refuses(dtype, head_dim) is None:
+            return name
+    raise ValueError(f"no backend runs on {device}")
 
 
 def available_backends(device: torch.device | str | None = None) -> list[str]:
@@ -80,7 +96,7 @@ def explain_backends(device: torch.device | str | None = None) -> dict[str, str]
         why_not = backend.why_not(device)
         rows[name] = f"available: {backend.note}" if why_not is None else f"not available: {why_not}"
     measured = "" if device.type == "cpu" else " (order not measured)"
-    rows["auto"] = f"on {device.type}: {_first(device)}{measured}"
+    rows["auto"] = f"on {device.type}: {_first(device, torch.bfloat16)}{measured}"
     return rows
 
 

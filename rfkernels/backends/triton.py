@@ -47,22 +47,20 @@ def why_not(device: torch.device) -> str | None:
         return f"Triton kernels here are for CUDA devices, not {device.type}"
     if interpreted():
         return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
     if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
         return "needs compute capability 8.0 (A100, RTX 30) or later"
     return None
 
 
-def _check(*tensors: torch.Tensor | None) -> None:
-    for x in tensors:
-        if x is not None and x.dtype not in _DTYPES:
-            raise TypeError(f"backend 'triton' serves float16, bfloat16 and float32, got {x.dtype}: use 'sdpa'")
-
-
-def _check_head(head_dim: int) -> None:
-    if head_dim not in _HEAD_DIMS:
-        raise ValueError(
-            f"backend 'triton' serves a head_dim that is a multiple of 16 in 32..256, got {head_dim}: use 'sdpa'"
-        )
+def refuses(dtype: torch.dtype, head_dim: int | None) -> str | None:
+    """Why the kernels do not serve a dtype and head_dim, or None."""
+    if dtype not in _DTYPES:
+        return f"the Triton kernels serve float16, bfloat16 and float32, got {dtype}"
+    if head_dim is not None and head_dim not in _HEAD_DIMS:
+        return f"the Triton kernels serve a head_dim that is a multiple of 16 in 32..256, got {head_dim}"
+    return None
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -80,8 +78,6 @@ def begin_chunk(
 ) -> None:
     from ..triton import cache as kernels
 
-    _check(cache.k)
-    _check_head(cache.k.shape[-1])
     kernels.begin_chunk(cache, num_frames, new_frames, advancing, decay, rope, geometry, before_window)
 
 
@@ -95,8 +91,6 @@ def write(
 ) -> None:
     from ..triton import cache as kernels
 
-    _check(cache.k)
-    _check_head(cache.k.shape[-1])
     kernels.write(cache, num_frames, new_k, new_v, rope, geometry)
 
 
@@ -118,8 +112,6 @@ def _chunk_keys(k, v, past: Past, rope, geometry: CacheGeometry):
     from ..triton.cache import rotate
     from ..triton.forward import Keys
 
-    _check(k.new_empty(0, dtype=past.dtype))
-    _check_head(k.shape[-1])
     own_k = rotate(k, rope, past.dtype, num_frames=past.num_frames)
     own_v = rotate(v, None, past.dtype)
     past_k, past_v = reference.past_tensors(past) if past.k else (own_k[:, :0], own_v[:, :0])
@@ -144,8 +136,6 @@ def _window_keys(k, v, rope, mask):
     from ..triton.forward import Keys
     from ..triton.launch import rows
 
-    _check(v)
-    _check_head(k.shape[-1])
     return Keys(rotate(k, rope, v.dtype), rows(v), mask=mask)
 
 
@@ -170,7 +160,6 @@ def redmd_loss(
 ):
     from ..triton.loss import redmd_loss as kernels
 
-    _check(x)
     return kernels(
         x, fake, real_cond, real_uncond, fake_uncond, weight, mask, guidance_scale, fake_guidance_scale, need_grad
     )

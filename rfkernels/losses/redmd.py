@@ -61,7 +61,7 @@ def redmd_loss(
     loss, _ = torch.ops.rfkernels.redmd_loss(
         x, *(None if latent is None else latent.detach() for latent in latents.values()),
         weight.detach().to(accumulate_dtype(x.dtype)), mask, float(guidance_scale), float(fake_guidance_scale),
-        need_grad, backends.resolve(x.device),
+        need_grad, backends.resolve(x.device, x.dtype),
     )  # fmt: skip
     return loss
 
