@@ -5,11 +5,19 @@ from __future__ import annotations
 import torch
 
 
-def check(got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str = "", least: float = 0.0) -> None:
+def check(
+    got: torch.Tensor,
+    exact: torch.Tensor,
+    plain: torch.Tensor,
+    what: str = "",
+    least: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> None:
     """exact: float64; plain: what plain PyTorch gives in ``got``'s dtype. Infinities and NaN must match exactly.
 
-    least: the magnitude below which a rounding band does not shrink. A normaliser has 1: rounding the sum of
-    exponentials by a relative eps moves its logarithm by an absolute eps, however small the logarithm.
+    dtype: whose rounding band counts, where ``got`` is stored wider. least: the magnitude below which the band does not
+    shrink. A normaliser has 1: rounding the sum of exponentials by a relative eps moves its logarithm by an absolute
+    eps, however small the logarithm.
     """
     value, exact, plain = got.detach().cpu().double(), exact.detach().cpu().double(), plain.detach().cpu().double()
     for kind in (torch.isposinf, torch.isneginf, torch.isnan):
@@ -19,7 +27,7 @@ def check(got: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, what: str
         return
     error = torch.where(finite, (value - exact).abs(), 0)
     plain_error = (plain - exact)[finite & plain.isfinite()].abs().max().item() if finite.any() else 0.0
-    band = torch.finfo(got.dtype).eps * max(least, exact[finite].abs().max().item())
+    band = torch.finfo(dtype or got.dtype).eps * max(least, exact[finite].abs().max().item())
     worst = error.argmax()
     at = tuple(int(i) for i in torch.unravel_index(worst, error.shape))
     allowed = 2 * plain_error + band
