@@ -8,6 +8,11 @@ import rfkernels as rf
 torch.set_num_threads(1)  # small operations: threads would mostly wait for each other on a busy machine
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
