@@ -7,7 +7,7 @@ import torch
 from . import backends, checks
 from .cache import CacheLayer
 from .contexts import Context
-from .rope import Rope3D
+from .rope import NO_ROPE, Rope3D
 
 _ops = torch.ops.rfkernels
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -82,7 +82,7 @@ def chunk_attention(
         {"q": q, "k": k, "v": v},
     )
     scale = checks.scale(scale, context.head_dim)
-    tables = context.rope or (None, None, False)
+    tables = context.rope or NO_ROPE
     out, lse = _ops.chunk_attention(
         q, k, v, past.k, past.v, past.num_frames, past.full, past.dtype, *tables, *geometry, scale,
         backends.resolve(context.device, past.dtype, context.head_dim),
@@ -144,7 +144,7 @@ def sink_window_attention(
         "first_chunk_tokens": checks.integer("first_chunk_tokens", first_chunk_tokens, 1),
     }
     checks.rope(rope, head_dim)
-    tables = (None, None, False)
+    tables = NO_ROPE
     if rope is not None:
         for name, count in counts.items():
             if count % (rope.frame_tokens or 1):

@@ -10,7 +10,7 @@ from . import backends, checks
 from .arguments import CacheTensors, accumulate_dtype
 from .contexts import Context, Contexts
 from .geometry import CacheGeometry
-from .rope import Rope3D, RopeTables
+from .rope import NO_ROPE, Rope3D, RopeTables
 
 _ops = torch.ops.rfkernels
 
@@ -45,10 +45,7 @@ class CacheLayer:
         backend = backends.resolve(cache.device, cache.dtype, cache.head_dim)
         with torch.no_grad():
             _ops.write(
-                t.k,
-                t.v,
-                t.sink_k,
-                t.sink_v,
+                *t,
                 cache.num_frames,
                 k.detach(),
                 v.detach(),
@@ -179,7 +176,7 @@ class EMASinkCache:
             self._decay = torch.stack([alpha, 1 - alpha]).to(self.device, precision)
         tables = None if self.rope is None else self.rope.tables(self.device, self.dtype, tokens)
         self.rope_tables: RopeTables | None = tables
-        self.rope_arguments = tables or (None, None, False)
+        self.rope_arguments = tables or NO_ROPE
 
     @classmethod
     def from_wan_config(
@@ -261,7 +258,7 @@ class EMASinkCache:
             if any(evicted(ages[b]) > evicted(self.ages[b]) for b in chosen):
                 t, backend = self.accumulators, backends.resolve(self.device, self.dtype, self.head_dim)
                 _ops.begin_chunk(
-                    t.k, t.v, t.sink_k, t.sink_v, self.num_frames, new, advancing, self._decay, *self.rope_arguments,
+                    *t, self.num_frames, new, advancing, self._decay, *self.rope_arguments,
                     *self.geometry, self.sink_positions == "before_window", backend,
                 )  # fmt: skip
             self.num_frames += new if advancing is None else advancing * new

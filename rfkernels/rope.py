@@ -25,6 +25,9 @@ class RopeTables(NamedTuple):
         return self.spatial.shape[0]
 
 
+NO_ROPE = (None, None, False)  # what an op takes in place of `RopeTables`
+
+
 class Rope3D:
     """Rotary embedding over (frame, row, column), as in Wan 2.1 and in Reward Forcing (arXiv 2512.04678).
 

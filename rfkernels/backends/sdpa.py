@@ -15,7 +15,7 @@ import torch
 from .. import native, reference
 from ..arguments import CacheTensors, Past, accumulate_dtype, open_frames
 from ..geometry import CacheGeometry, WindowMask
-from ..rope import RopeTables
+from ..rope import NO_ROPE, RopeTables
 from . import dense
 
 _native = torch.ops.rfkernels_native
@@ -43,7 +43,7 @@ def begin_chunk(
         new_frames,
         advancing,
         decay,
-        *_tables(rope),
+        *(rope or NO_ROPE),
         *geometry,
         before_window,
     )
@@ -59,7 +59,7 @@ def write(
 ) -> None:
     if not native.serves(cache.k):
         return reference.write(cache, num_frames, new_k, new_v, rope, geometry)
-    _native.write(*cache, num_frames, _rows(new_k), _rows(new_v), *_tables(rope), *geometry)
+    _native.write(*cache, num_frames, _rows(new_k), _rows(new_v), *(rope or NO_ROPE), *geometry)
 
 
 def rotate(
@@ -98,10 +98,6 @@ def redmd_loss(
     return _native.redmd_loss(*latents, weight.contiguous(), mask, guidance_scale, fake_guidance_scale, need_grad)
 
 
-def _tables(rope: RopeTables | None) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
-    return (None, None, False) if rope is None else rope
-
-
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -134,7 +130,7 @@ def streaming_attention(q, new_k, new_v, cache, num_frames, rope, geometry, scal
         ages = num_frames.tolist()
         if min(ages) == max(ages) >= q.shape[1] // geometry.frame_tokens:
             return _native.streaming_attention(
-                _rows(q), _rows(new_k), _rows(new_v), *cache, num_frames, *_tables(rope), *geometry, scale
+                _rows(q), _rows(new_k), _rows(new_v), *cache, num_frames, *(rope or NO_ROPE), *geometry, scale
             )
     write(cache, num_frames, new_k, new_v, rope, geometry)
     frames = open_frames(num_frames, q.shape[1] // geometry.frame_tokens)
