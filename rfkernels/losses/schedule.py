@@ -1,0 +1,67 @@
+"""Flow matching: the straight path between a clean latent and noise, and the shifted schedule of noise levels on it."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+
+import torch
+
+
+class FlowMatchSchedule:
+    """``x_t = (1 - sigma) x0 + sigma eps`` with flow ``v = eps - x0`` and ``sigma = shift s / (1 + (shift - 1) s)``.
+
+    s = step / 1000 is the position on the unshifted schedule; the model is given the timestep ``t = 1000 sigma``. The
+    steps (1000, 750, 500, 250) with shift 5 give t = 1000, 937.5, 833.3, 625 ("Reward Forcing", arXiv 2512.04678).
+
+    Args:
+        shift: > 0; 1 leaves the schedule linear.
+
+    Raises:
+        ValueError: a shift that is not positive.
+    """
+
+    def __init__(self, shift: float = 5.0):
+        if not isinstance(shift, numbers.Real) or not shift > 0:
+            raise ValueError(f"shift must be a positive number, got {shift!r}")
+        self.shift = float(shift)
+
+    def timestep(self, step: torch.Tensor | float) -> torch.Tensor | float:
+        """The timestep t in 0..1000 of an unshifted step in 0..1000."""
+        s = step / 1000
+        return 1000 * self.shift * s / (1 + (self.shift - 1) * s)
+
+    def timesteps(self, steps: Sequence[float]) -> tuple[float, ...]:
+        """The timesteps of a step list.
+
+        Raises:
+            ValueError: no steps, not falling, or outside (0, 1000].
+        """
+        steps = tuple(float(s) for s in steps)
+        if not steps or any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in zip(steps, steps[1:])):
+            raise ValueError(f"steps must fall strictly within (0, 1000], got {steps}")
+        return tuple(self.timestep(s) for s in steps)
+
+    @staticmethod
+    def add_noise(clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
+        """x_t: ``clean`` and ``noise`` ``[B, F, ...]`` mixed at a timestep: a number, ``[B]`` or ``[B, F]``."""
+        sigma = _sigma(timestep, clean)
+        return ((1 - sigma) * clean + sigma * noise).to(clean.dtype)
+
+    @staticmethod
+    def clean(noisy: torch.Tensor, flow: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
+        """x0 = x_t - sigma v."""
+        return (noisy - _sigma(timestep, noisy) * flow).to(noisy.dtype)
+
+    @staticmethod
+    def flow(noisy: torch.Tensor, clean: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
+        """v = (x_t - x0) / sigma, for sigma > 0."""
+        return ((noisy - clean) / _sigma(timestep, noisy)).to(noisy.dtype)
+
+
+def _sigma(timestep: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor | float:
+    """timestep / 1000, to be broadcast over ``like``; float32 at least."""
+    if not isinstance(timestep, torch.Tensor):
+        return timestep / 1000
+    sigma = timestep.to(like.device, torch.promote_types(like.dtype, torch.float32)) / 1000
+    return sigma.reshape(sigma.shape + (1,) * (like.dim() - sigma.dim()))

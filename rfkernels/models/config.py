@@ -1,0 +1,81 @@
+"""Sizes of the transformer, and the published ones by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from .. import checks
+
+
+@dataclass(frozen=True)
+class CausalWanConfig:
+    """Sizes of a `CausalWan`; the defaults are Wan2.1-T2V-1.3B.
+
+    Args:
+        dim, ffn_dim, num_heads, num_layers: of the transformer; num_heads divides dim, heads have an even size.
+        in_channels, out_channels: of a latent frame.
+        patch_size: (frames, rows, columns) of a patch. Frames must be 1: a chunk may be a single frame.
+        text_dim: size of a text embedding. text_len: the length that embeddings are padded to by `generate` (Wan was
+            trained on padded text); the model itself takes any length.
+        freq_dim: size of the sinusoidal time embedding, even.
+        qk_norm: RMSNorm of queries and keys. cross_attn_norm: LayerNorm before cross-attention.
+        eps: of all norms. rope_theta: base of the rotary frequencies.
+
+    Raises:
+        ValueError, TypeError: naming the field.
+    """
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    qk_norm: bool = True
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    def __post_init__(self):
+        for field in fields(self):
+            if field.type == "int":
+                checks.integer(field.name, getattr(self, field.name), 1)
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        if len(self.patch_size) != 3 or self.patch_size[0] != 1 or min(self.patch_size) < 1:
+            raise ValueError(f"patch_size must be (1, rows, columns), got {self.patch_size}")
+        if self.dim % self.num_heads or self.head_dim % 2:
+            raise ValueError(
+                f"num_heads must divide dim into heads of even size, got dim={self.dim}, num_heads={self.num_heads}"
+            )
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim must be even, got {self.freq_dim}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> CausalWanConfig:
+        """A published configuration (see `PRESETS`), with fields changed.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
+        return replace(PRESETS[name], **changes)
+
+
+PRESETS = {
+    "wan2.1-t2v-1.3b": CausalWanConfig(),
+    "wan2.1-t2v-14b": CausalWanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    # Pixels of 32 x 32 RGB pictures in patches of 8: 16 tokens a frame. The one that ships trained.
+    "tiny": CausalWanConfig(
+        dim=192, ffn_dim=512, num_heads=4, num_layers=6, in_channels=3, out_channels=3, patch_size=(1, 8, 8),
+        text_dim=64, text_len=2, freq_dim=64,
+    ),
+}  # fmt: skip

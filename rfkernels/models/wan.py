@@ -1,0 +1,379 @@
+"""The Wan 2.1 video transformer, made causal chunk by chunk on the ops of this package.
+
+Module names are those of the original checkpoints. Latents are ``[B, F, C, h, w]`` (frames before channels); tokens are
+ordered (frame, row, column).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import checks
+from ..attention import chunk_attention, merge_attention, sink_window_attention, streaming_attention
+from ..cache import EMASinkCache
+from ..contexts import Context
+from ..rope import Rope3D
+from .config import CausalWanConfig
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+KV = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ChunkMask:
+    """What a full-sequence pass of a causal model sees: the chunks, sinks and window of a stream with alpha = 1.
+
+    chunk_frames: frames of a chunk; first_chunk_frames: of the first one, if it differs. sink_frames, window_frames (the
+    own chunk included): as in `EMASinkCache`.
+    """
+
+    chunk_frames: int = 3
+    sink_frames: int = 3
+    window_frames: int = 6
+    first_chunk_frames: int | None = None
+
+    def __post_init__(self):
+        checks.integer("chunk_frames", self.chunk_frames, 1)
+        checks.integer("sink_frames", self.sink_frames, 0)
+        longest = max(self.chunk_frames, self.first_chunk_frames or 1)
+        if checks.integer("window_frames", self.window_frames, 1) < longest:
+            raise ValueError(f"window_frames must hold a chunk of {longest} frames, got {self.window_frames}")
+
+    def tokens(self, frame_tokens: int) -> dict[str, int]:
+        """The arguments of `sink_window_attention`."""
+        first = self.chunk_frames if self.first_chunk_frames is None else self.first_chunk_frames
+        return {
+            "sink_tokens": self.sink_frames * frame_tokens,
+            "window_tokens": self.window_frames * frame_tokens,
+            "chunk_tokens": self.chunk_frames * frame_tokens,
+            "first_chunk_tokens": first * frame_tokens,
+        }
+
+
+def _bidirectional(q, k, v, rope: Rope3D) -> torch.Tensor:
+    tokens = q.shape[1]
+    return sink_window_attention(q, k, v, sink_tokens=0, window_tokens=tokens, chunk_tokens=tokens, rope=rope)
+
+
+def _chunk_causal(q, k, v, rope: Rope3D, mask: dict[str, int]) -> torch.Tensor:
+    return sink_window_attention(q, k, v, **mask, rope=rope)
+
+
+def _teacher_forcing(q, k, v, rope: Rope3D, mask: dict[str, int]) -> torch.Tensor:
+    """Tokens are [clean | noisy]: a noisy chunk sees itself and the clean frames before it."""
+    (clean_q, noisy_q), (clean_k, noisy_k), (clean_v, noisy_v) = (x.chunk(2, 1) for x in (q, k, v))
+    clean = sink_window_attention(clean_q, clean_k, clean_v, **mask, rope=rope)
+    past = sink_window_attention(noisy_q, clean_k, clean_v, **mask, rope=rope, own_chunk=False, return_lse=True)
+    longest = max(mask["chunk_tokens"], mask["first_chunk_tokens"])
+    if mask["first_chunk_tokens"] > mask["chunk_tokens"]:  # a window of chunk_tokens would cut the first chunk
+        raise ValueError(f"first_chunk_frames must be at most chunk_frames with clean latents, got {longest} tokens")
+    # A window of one chunk, and no sinks: the own chunk alone. After a short first chunk it would reach back into it.
+    first = mask["first_chunk_tokens"]
+    parts = [(slice(0, first), first)] if first != longest else []
+    parts.append((slice(first if parts else 0, None), longest))
+    own = [
+        sink_window_attention(
+            noisy_q[:, part], noisy_k[:, part], noisy_v[:, part],
+            sink_tokens=0, window_tokens=length, chunk_tokens=length, rope=rope, return_lse=True,
+        )
+        for part, length in parts
+    ]  # fmt: skip
+    own_out, own_lse = torch.cat([out for out, _ in own], 1), torch.cat([lse for _, lse in own], 2)
+    noisy, _ = merge_attention(*past, own_out, own_lse)
+    return torch.cat([clean, noisy], 1)
+
+
+class RMSNorm(nn.Module):
+    """Over the whole width of all heads, in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class LayerNorm(nn.LayerNorm):
+    """In float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections of an attention; what is attended to is the caller's."""
+
+    def __init__(self, config: CausalWanConfig):
+        super().__init__()
+        dim = config.dim
+        self.head_dim = config.head_dim
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q = RMSNorm(dim, config.eps) if config.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(dim, config.eps) if config.qk_norm else nn.Identity()
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def keys_values(self, x: torch.Tensor) -> KV:
+        return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+
+    def forward(self, x: torch.Tensor, attend: Attend | None = None, kv: KV | None = None) -> torch.Tensor:
+        """``attend`` on the tokens' own keys and values, or, as cross-attention, all of ``kv``."""
+        q = self.heads(self.norm_q(self.q(x)))
+        if kv is None:
+            out = attend(q, *self.keys_values(x))
+        else:
+            out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, *kv))).transpose(1, 2)
+        return self.o(out.flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, config: CausalWanConfig):
+        super().__init__()
+        dim, eps = config.dim, config.eps
+        self.norm1 = LayerNorm(dim, eps, elementwise_affine=False)
+        self.self_attn = Attention(config)
+        self.norm3 = LayerNorm(dim, eps) if config.cross_attn_norm else nn.Identity()
+        self.cross_attn = Attention(config)
+        self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor, attend: Attend, context: torch.Tensor | KV) -> torch.Tensor:
+        """x: ``[B, F * T, dim]``; time: float32 ``[B, F, 6, dim]``; context: ``[B, n, dim]``, or its keys and values."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + time).unbind(2)
+        x = _gated(x, self.self_attn(_modulated(self.norm1(x), shift, scale), attend), gate)
+        kv = self.cross_attn.keys_values(context) if isinstance(context, torch.Tensor) else context
+        x = x + self.cross_attn(self.norm3(x), kv=kv)
+        return _gated(x, self.ffn(_modulated(self.norm2(x), ffn_shift, ffn_scale)), ffn_gate)
+
+
+class Head(nn.Module):
+    def __init__(self, config: CausalWanConfig):
+        super().__init__()
+        self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """time: float32 ``[B, F, dim]``."""
+        shift, scale = (self.modulation.float() + time.unsqueeze(2)).unbind(2)
+        return self.head(_modulated(self.norm(x), shift, scale))
+
+
+def _per_frame(x: torch.Tensor, frames: int) -> torch.Tensor:
+    return x.unflatten(1, (frames, -1))
+
+
+def _modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``x * (1 + scale) + shift`` with one scale and shift ``[B, F, dim]`` a frame, in float32."""
+    y = _per_frame(x, shift.shape[1]).float() * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)
+    return y.flatten(1, 2).to(x.dtype)
+
+
+def _gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    frames = gate.shape[1]
+    return (_per_frame(x, frames) + _per_frame(y, frames) * gate.unsqueeze(2)).flatten(1, 2).to(x.dtype)
+
+
+class CausalWan(nn.Module):
+    """The Wan 2.1 text-to-video transformer, chunk-causal (Self Forcing; "Reward Forcing", arXiv 2512.04678).
+
+    It predicts the flow ``v = eps - x0`` of noisy latents. All weights are in the state dict under Wan's own names.
+
+    Args:
+        config: sizes, or the name of a preset ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "tiny").
+        checkpointing: recompute blocks in the backward pass instead of keeping their activations.
+    """
+
+    def __init__(self, config: CausalWanConfig | str = "wan2.1-t2v-1.3b", checkpointing: bool = False):
+        super().__init__()
+        config = CausalWanConfig.preset(config) if isinstance(config, str) else config
+        self.config, self.checkpointing = config, checkpointing
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_channels, dim, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self._ropes: dict[tuple[int, int], Rope3D] = {}
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier for projections, small embeddings, a head that starts at zero: the first prediction is 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for sequence in (self.text_embedding, self.time_embedding):
+            for layer in sequence[::2]:
+                nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens in a latent frame of ``height`` x ``width``.
+
+        Raises:
+            ValueError: not divisible by the patch size.
+        """
+        _, rows, columns = self.config.patch_size
+        if height % rows or width % columns:
+            raise ValueError(f"latent frames must be divisible by patches of {rows} x {columns}, got {height} x {width}")
+        return height // rows, width // columns
+
+    def rope(self, height: int, width: int) -> Rope3D:
+        """The rotary embedding for latent frames of ``height`` x ``width``."""
+        grid = self.grid(height, width)
+        if grid not in self._ropes:
+            self._ropes[grid] = Rope3D(self.config.head_dim, *grid, theta=self.config.rope_theta)
+        return self._ropes[grid]
+
+    def make_cache(self, batch_size: int, height: int, width: int, **options) -> EMASinkCache:
+        """An `EMASinkCache` for latent frames of ``height`` x ``width``, in the model's dtype and on its device.
+
+        ``options`` are the cache's: sink_frames (3), window_frames (6), alpha, sink_dtype, sink_positions, ...
+        """
+        weight, rope = self.patch_embedding.weight, self.rope(height, width)
+        defaults = {"sink_frames": 3, "window_frames": 6, "dtype": weight.dtype, "device": weight.device}
+        return EMASinkCache(
+            num_layers=self.config.num_layers, batch_size=batch_size, num_kv_heads=self.config.num_heads,
+            head_dim=self.config.head_dim, frame_tokens=rope.frame_tokens, rope=rope, **(defaults | options),
+        )  # fmt: skip
+
+    def encode_context(self, context: torch.Tensor) -> list[KV]:
+        """Keys and values of every layer's cross-attention to text embeddings ``[B, n, text_dim]``, once per prompt."""
+        self._check_context(context)
+        embedded = self.text_embedding(context.to(self.patch_embedding.weight.dtype))
+        return [block.cross_attn.keys_values(embedded) for block in self.blocks]
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor | Sequence[KV],
+        cache: EMASinkCache | None = None,
+        contexts: Sequence[Context] | None = None,
+        mask: ChunkMask | None = None,
+        clean: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The flow of noisy latents.
+
+        Args:
+            latents: ``[B, F, C, h, w]``, any h and w that the patches divide.
+            timesteps: in 0..1000, ``[B]``, or ``[B, F]`` with one for each frame.
+            context: text embeddings ``[B, n, text_dim]``, or what `encode_context` made of them.
+            cache: streaming: the latents are the open chunk of this cache, which is written.
+            contexts: the same as a pure function of ``[cache[i].context() for i in range(L)]``; for training.
+            mask: with neither, the latents are a whole clip: None sees all of it, a `ChunkMask` is chunk-causal.
+            clean: teacher forcing (with ``mask``): clean latents like ``latents``; every noisy chunk sees itself and the
+                clean chunks before it. They are given the timestep 0.
+
+        Returns:
+            ``[B, F, C, h, w]`` in the dtype of ``latents``.
+
+        Raises:
+            ValueError, TypeError: naming the argument; nothing is written then.
+        """
+        config = self.config
+        batch, frames, _, height, width = self._check_latents("latents", latents)
+        grid = self.grid(height, width)
+        timesteps = self._check_timesteps(timesteps, batch, frames)
+        attends = self._attends(grid, frames, latents, cache, contexts, mask, clean)
+        dtype = self.patch_embedding.weight.dtype
+
+        if isinstance(context, torch.Tensor):
+            self._check_context(context, batch)
+            context = [self.text_embedding(context.to(dtype))] * config.num_layers
+        elif len(context) != config.num_layers:
+            raise ValueError(f"context must have keys and values of {config.num_layers} layers, got {len(context)}")
+        if clean is not None:
+            timesteps = torch.cat([torch.zeros_like(timesteps), timesteps], 1)
+            latents = torch.cat([clean.to(latents.dtype), latents], 1)
+
+        x = self.patch_embedding(latents.to(dtype).transpose(1, 2)).flatten(2).transpose(1, 2)
+        embedded = self.time_embedding(_sinusoids(timesteps, config.freq_dim).to(dtype))
+        time = self.time_projection(embedded).unflatten(-1, (6, -1)).float()
+        for block, attend, kv in zip(self.blocks, attends, context, strict=True):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, time, attend, kv, use_reentrant=False)
+            else:
+                x = block(x, time, attend, kv)
+        if clean is not None:
+            x, embedded = x[:, x.shape[1] // 2 :], embedded[:, frames:]
+        patches = self.head(x, embedded.float())
+
+        _, p, q = config.patch_size
+        patches = patches.reshape(batch, frames, *grid, p, q, config.out_channels)
+        video = patches.permute(0, 1, 6, 2, 4, 3, 5)  # [B, F, C, rows, p, columns, q]
+        return video.reshape(batch, frames, config.out_channels, height, width).to(latents.dtype)
+
+    def _attends(self, grid, frames, latents, cache, contexts, mask, clean) -> list[Attend]:
+        """What the self-attention of each layer is."""
+        layers = self.config.num_layers
+        if sum(x is not None for x in (cache, contexts, mask)) > 1:
+            raise ValueError("at most one of cache, contexts and mask may be given")
+        if clean is not None:
+            if mask is None:
+                raise ValueError("clean latents need mask, the chunks of the clip")
+            if self._check_latents("clean", clean) != latents.shape:
+                raise ValueError(f"clean must have the shape of latents {tuple(latents.shape)}, got {tuple(clean.shape)}")
+        tokens = grid[0] * grid[1]
+        if cache is not None or contexts is not None:
+            past = contexts if cache is None else [cache]
+            if contexts is not None and len(contexts) != layers:
+                raise ValueError(f"contexts must have {layers} entries, one for each layer, got {len(contexts)}")
+            if cache is not None and cache.num_layers != layers:
+                raise ValueError(f"cache must have {layers} layers, got {cache.num_layers}")
+            open_frames = contexts[0].frames if cache is None else cache.open_frames
+            if past[0].geometry.frame_tokens != tokens or open_frames != frames:
+                raise ValueError(
+                    f"latents must have the {open_frames} open frames of {past[0].geometry.frame_tokens} tokens of the "
+                    f"cache, got {frames} of {tokens}"
+                )
+            if cache is not None:
+                return [partial(streaming_attention, layer=cache[i]) for i in range(layers)]
+            return [partial(chunk_attention, context=past) for past in contexts]
+        rope = self.rope(*latents.shape[-2:])
+        if mask is None:
+            return [partial(_bidirectional, rope=rope)] * layers
+        attend = _chunk_causal if clean is None else _teacher_forcing
+        return [partial(attend, rope=rope, mask=mask.tokens(tokens))] * layers
+
+    def _check_latents(self, name: str, latents: torch.Tensor) -> torch.Size:
+        checks.tensor(name, latents, 5, self.patch_embedding.weight.device)
+        if latents.shape[2] != self.config.in_channels:
+            raise ValueError(
+                f"{name} must be [B, F, C={self.config.in_channels}, h, w], got shape {tuple(latents.shape)}"
+            )
+        return latents.shape
+
+    def _check_timesteps(self, timesteps: torch.Tensor, batch: int, frames: int) -> torch.Tensor:
+        if timesteps.shape == (batch,):
+            timesteps = timesteps[:, None]
+        if timesteps.shape not in ((batch, 1), (batch, frames)):
+            raise ValueError(f"timesteps must be [B={batch}] or [B, F={frames}], got shape {tuple(timesteps.shape)}")
+        return timesteps.expand(batch, frames)
+
+    def _check_context(self, context: torch.Tensor, batch: int | None = None) -> None:
+        checks.tensor("context", context, 3, self.patch_embedding.weight.device)
+        checks.shape("context", context, batch=batch, tokens=None, text_dim=self.config.text_dim)
+
+
+def _sinusoids(timesteps: torch.Tensor, size: int) -> torch.Tensor:
+    """``[..., size]``: cosines, then sines, of ``t * 10000 ** (-i / (size / 2))``, formed in float64."""
+    half = size // 2
+    exponents = torch.arange(half, dtype=torch.float64, device=timesteps.device) / -half
+    angles = timesteps.double().unsqueeze(-1) * torch.pow(10000.0, exponents)
+    return torch.cat([angles.cos(), angles.sin()], -1).float()
