@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import checks
+from ..arguments import accumulate_dtype
 from ..attention import chunk_attention, merge_attention, sink_window_attention, streaming_attention
 from ..cache import EMASinkCache
 from ..contexts import Context
@@ -31,7 +32,7 @@ KV = tuple[torch.Tensor, torch.Tensor]
 class ChunkMask:
     """What a full-sequence pass of a causal model sees: the chunks, sinks and window of a stream with alpha = 1.
 
-    chunk_frames: frames of a chunk; first_chunk_frames: of the first one, if it differs. sink_frames, window_frames (the
+    chunk_frames: frames of a chunk; first_chunk_frames: of the first one, if shorter. sink_frames, window_frames (the
     own chunk included): as in `EMASinkCache`.
     """
 
@@ -43,9 +44,9 @@ class ChunkMask:
     def __post_init__(self):
         checks.integer("chunk_frames", self.chunk_frames, 1)
         checks.integer("sink_frames", self.sink_frames, 0)
-        longest = max(self.chunk_frames, self.first_chunk_frames or 1)
-        if checks.integer("window_frames", self.window_frames, 1) < longest:
-            raise ValueError(f"window_frames must hold a chunk of {longest} frames, got {self.window_frames}")
+        checks.integer("window_frames", self.window_frames, self.chunk_frames)
+        if self.first_chunk_frames is not None:
+            checks.integer("first_chunk_frames", self.first_chunk_frames, 1, self.chunk_frames)
 
     def tokens(self, frame_tokens: int) -> dict[str, int]:
         """The arguments of `sink_window_attention`."""
@@ -72,42 +73,31 @@ def _teacher_forcing(q, k, v, rope: Rope3D, mask: dict[str, int]) -> torch.Tenso
     (clean_q, noisy_q), (clean_k, noisy_k), (clean_v, noisy_v) = (x.chunk(2, 1) for x in (q, k, v))
     clean = sink_window_attention(clean_q, clean_k, clean_v, **mask, rope=rope)
     past = sink_window_attention(noisy_q, clean_k, clean_v, **mask, rope=rope, own_chunk=False, return_lse=True)
-    longest = max(mask["chunk_tokens"], mask["first_chunk_tokens"])
-    if mask["first_chunk_tokens"] > mask["chunk_tokens"]:  # a window of chunk_tokens would cut the first chunk
-        raise ValueError(f"first_chunk_frames must be at most chunk_frames with clean latents, got {longest} tokens")
-    # A window of one chunk, and no sinks: the own chunk alone. After a short first chunk it would reach back into it.
-    first = mask["first_chunk_tokens"]
-    parts = [(slice(0, first), first)] if first != longest else []
-    parts.append((slice(first if parts else 0, None), longest))
-    own = [
-        sink_window_attention(
-            noisy_q[:, part], noisy_k[:, part], noisy_v[:, part],
-            sink_tokens=0, window_tokens=length, chunk_tokens=length, rope=rope, return_lse=True,
-        )
-        for part, length in parts
-    ]  # fmt: skip
-    own_out, own_lse = torch.cat([out for out, _ in own], 1), torch.cat([lse for _, lse in own], 2)
-    noisy, _ = merge_attention(*past, own_out, own_lse)
+    only = mask | {"sink_tokens": 0, "window_tokens": mask["chunk_tokens"]}  # a window of one chunk: the own one
+    own = sink_window_attention(noisy_q, noisy_k, noisy_v, **only, rope=rope, return_lse=True)
+    noisy, _ = merge_attention(*past, *own)
     return torch.cat([clean, noisy], 1)
 
 
 class RMSNorm(nn.Module):
-    """Over the whole width of all heads, in float32."""
+    """Over the whole width of all heads, in float32 (float64)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        precision = accumulate_dtype(x.dtype)
+        return F.rms_norm(x.to(precision), x.shape[-1:], self.weight.to(precision), self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
-    """In float32."""
+    """In float32 (float64)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        precision = accumulate_dtype(x.dtype)
+        weight, bias = (None if p is None else p.to(precision) for p in (self.weight, self.bias))
+        return F.layer_norm(x.to(precision), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -133,7 +123,7 @@ class Attention(nn.Module):
         if kv is None:
             out = attend(q, *self.keys_values(x))
         else:
-            out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, *kv))).transpose(1, 2)
+            out = F.scaled_dot_product_attention(*(t.to(q.dtype).transpose(1, 2) for t in (q, *kv))).transpose(1, 2)
         return self.o(out.flatten(2))
 
 
@@ -149,9 +139,16 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor, attend: Attend, context: torch.Tensor | KV) -> torch.Tensor:
-        """x: ``[B, F * T, dim]``; time: float32 ``[B, F, 6, dim]``; context: ``[B, n, dim]``, or its keys and values."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.float() + time).unbind(2)
+    def forward(
+        self, x: torch.Tensor | None, time: torch.Tensor | None, attend: Attend | None, context: torch.Tensor | KV
+    ) -> torch.Tensor | KV:
+        """x: ``[B, F * T, dim]``; time: float32 ``[B, F, 6, dim]``; context: ``[B, n, dim]``, or its keys and values.
+
+        Without x returns the context's keys and values, so that what wraps this forward (FSDP) wraps that too.
+        """
+        if x is None:
+            return self.cross_attn.keys_values(context)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.to(time.dtype) + time).unbind(2)
         x = _gated(x, self.self_attn(_modulated(self.norm1(x), shift, scale), attend), gate)
         kv = self.cross_attn.keys_values(context) if isinstance(context, torch.Tensor) else context
         x = x + self.cross_attn(self.norm3(x), kv=kv)
@@ -167,7 +164,7 @@ class Head(nn.Module):
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """time: float32 ``[B, F, dim]``."""
-        shift, scale = (self.modulation.float() + time.unsqueeze(2)).unbind(2)
+        shift, scale = (self.modulation.to(time.dtype) + time.unsqueeze(2)).unbind(2)
         return self.head(_modulated(self.norm(x), shift, scale))
 
 
@@ -176,8 +173,8 @@ def _per_frame(x: torch.Tensor, frames: int) -> torch.Tensor:
 
 
 def _modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``x * (1 + scale) + shift`` with one scale and shift ``[B, F, dim]`` a frame, in float32."""
-    y = _per_frame(x, shift.shape[1]).float() * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)
+    """``x * (1 + scale) + shift`` with one scale and shift ``[B, F, dim]`` a frame, in their dtype."""
+    y = _per_frame(x, shift.shape[1]).to(shift.dtype) * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)
     return y.flatten(1, 2).to(x.dtype)
 
 
@@ -222,6 +219,14 @@ class CausalWan(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens in a latent frame of ``height`` x ``width``.
 
@@ -229,8 +234,10 @@ class CausalWan(nn.Module):
             ValueError: not divisible by the patch size.
         """
         _, rows, columns = self.config.patch_size
-        if height % rows or width % columns:
-            raise ValueError(f"latent frames must be divisible by patches of {rows} x {columns}, got {height} x {width}")
+        if height % rows or width % columns or min(height, width) < 1:
+            raise ValueError(
+                f"latent frames must be divisible by patches of {rows} x {columns}, got {height} x {width}"
+            )
         return height // rows, width // columns
 
     def rope(self, height: int, width: int) -> Rope3D:
@@ -245,8 +252,8 @@ class CausalWan(nn.Module):
 
         ``options`` are the cache's: sink_frames (3), window_frames (6), alpha, sink_dtype, sink_positions, ...
         """
-        weight, rope = self.patch_embedding.weight, self.rope(height, width)
-        defaults = {"sink_frames": 3, "window_frames": 6, "dtype": weight.dtype, "device": weight.device}
+        rope = self.rope(height, width)
+        defaults = {"sink_frames": 3, "window_frames": 6, "dtype": self.dtype, "device": self.device}
         return EMASinkCache(
             num_layers=self.config.num_layers, batch_size=batch_size, num_kv_heads=self.config.num_heads,
             head_dim=self.config.head_dim, frame_tokens=rope.frame_tokens, rope=rope, **(defaults | options),
@@ -254,31 +261,29 @@ class CausalWan(nn.Module):
 
     def encode_context(self, context: torch.Tensor) -> list[KV]:
         """Keys and values of every layer's cross-attention to text embeddings ``[B, n, text_dim]``, once per prompt."""
-        self._check_context(context)
-        embedded = self.text_embedding(context.to(self.patch_embedding.weight.dtype))
-        return [block.cross_attn.keys_values(embedded) for block in self.blocks]
+        return self(None, None, context)
 
     def forward(
         self,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
+        latents: torch.Tensor | None,
+        timesteps: torch.Tensor | None,
         context: torch.Tensor | Sequence[KV],
         cache: EMASinkCache | None = None,
         contexts: Sequence[Context] | None = None,
         mask: ChunkMask | None = None,
         clean: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | list[KV]:
         """The flow of noisy latents.
 
         Args:
-            latents: ``[B, F, C, h, w]``, any h and w that the patches divide.
+            latents: ``[B, F, C, h, w]``, any h and w that the patches divide. None: see `encode_context`.
             timesteps: in 0..1000, ``[B]``, or ``[B, F]`` with one for each frame.
             context: text embeddings ``[B, n, text_dim]``, or what `encode_context` made of them.
             cache: streaming: the latents are the open chunk of this cache, which is written.
             contexts: the same as a pure function of ``[cache[i].context() for i in range(L)]``; for training.
             mask: with neither, the latents are a whole clip: None sees all of it, a `ChunkMask` is chunk-causal.
-            clean: teacher forcing (with ``mask``): clean latents like ``latents``; every noisy chunk sees itself and the
-                clean chunks before it. They are given the timestep 0.
+            clean: teacher forcing (with ``mask``): clean latents like ``latents``; every noisy chunk sees itself and
+                the clean chunks before it. They are given the timestep 0.
 
         Returns:
             ``[B, F, C, h, w]`` in the dtype of ``latents``.
@@ -287,24 +292,24 @@ class CausalWan(nn.Module):
             ValueError, TypeError: naming the argument; nothing is written then.
         """
         config = self.config
+        if latents is None:
+            embedded = self._embedded(context)
+            return [block(None, None, None, embedded) for block in self.blocks]
         batch, frames, _, height, width = self._check_latents("latents", latents)
         grid = self.grid(height, width)
         timesteps = self._check_timesteps(timesteps, batch, frames)
-        attends = self._attends(grid, frames, latents, cache, contexts, mask, clean)
-        dtype = self.patch_embedding.weight.dtype
-
+        attends = self._attends(grid, latents, cache, contexts, mask, clean)
         if isinstance(context, torch.Tensor):
-            self._check_context(context, batch)
-            context = [self.text_embedding(context.to(dtype))] * config.num_layers
-        elif len(context) != config.num_layers:
-            raise ValueError(f"context must have keys and values of {config.num_layers} layers, got {len(context)}")
+            context = [self._embedded(context, batch)] * config.num_layers
+        else:
+            self._check_cached(context, batch)
         if clean is not None:
             timesteps = torch.cat([torch.zeros_like(timesteps), timesteps], 1)
             latents = torch.cat([clean.to(latents.dtype), latents], 1)
 
-        x = self.patch_embedding(latents.to(dtype).transpose(1, 2)).flatten(2).transpose(1, 2)
-        embedded = self.time_embedding(_sinusoids(timesteps, config.freq_dim).to(dtype))
-        time = self.time_projection(embedded).unflatten(-1, (6, -1)).float()
+        x = self.patch_embedding(latents.to(self.dtype).transpose(1, 2)).flatten(2).transpose(1, 2)
+        embedded = self.time_embedding(_sinusoids(timesteps, config.freq_dim).to(self.dtype))
+        time = self.time_projection(embedded).unflatten(-1, (6, -1)).to(accumulate_dtype(self.dtype))
         for block, attend, kv in zip(self.blocks, attends, context, strict=True):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, time, attend, kv, use_reentrant=False)
@@ -312,36 +317,40 @@ class CausalWan(nn.Module):
                 x = block(x, time, attend, kv)
         if clean is not None:
             x, embedded = x[:, x.shape[1] // 2 :], embedded[:, frames:]
-        patches = self.head(x, embedded.float())
+        patches = self.head(x, embedded.to(time.dtype))
 
         _, p, q = config.patch_size
         patches = patches.reshape(batch, frames, *grid, p, q, config.out_channels)
         video = patches.permute(0, 1, 6, 2, 4, 3, 5)  # [B, F, C, rows, p, columns, q]
         return video.reshape(batch, frames, config.out_channels, height, width).to(latents.dtype)
 
-    def _attends(self, grid, frames, latents, cache, contexts, mask, clean) -> list[Attend]:
+    def _attends(self, grid, latents, cache, contexts, mask, clean) -> list[Attend]:
         """What the self-attention of each layer is."""
-        layers = self.config.num_layers
+        layers, (batch, frames) = self.config.num_layers, latents.shape[:2]
         if sum(x is not None for x in (cache, contexts, mask)) > 1:
             raise ValueError("at most one of cache, contexts and mask may be given")
         if clean is not None:
             if mask is None:
                 raise ValueError("clean latents need mask, the chunks of the clip")
             if self._check_latents("clean", clean) != latents.shape:
-                raise ValueError(f"clean must have the shape of latents {tuple(latents.shape)}, got {tuple(clean.shape)}")
+                raise ValueError(
+                    f"clean must have the shape of latents {tuple(latents.shape)}, got {tuple(clean.shape)}"
+                )
         tokens = grid[0] * grid[1]
         if cache is not None or contexts is not None:
-            past = contexts if cache is None else [cache]
-            if contexts is not None and len(contexts) != layers:
-                raise ValueError(f"contexts must have {layers} entries, one for each layer, got {len(contexts)}")
-            if cache is not None and cache.num_layers != layers:
-                raise ValueError(f"cache must have {layers} layers, got {cache.num_layers}")
-            open_frames = contexts[0].frames if cache is None else cache.open_frames
-            if past[0].geometry.frame_tokens != tokens or open_frames != frames:
-                raise ValueError(
-                    f"latents must have the {open_frames} open frames of {past[0].geometry.frame_tokens} tokens of the "
-                    f"cache, got {frames} of {tokens}"
-                )
+            given = len(contexts if cache is None else cache)
+            if given != layers:
+                raise ValueError(f"{'contexts' if cache is None else 'cache'} must have {layers} layers, got {given}")
+            if cache is None:
+                geometry, chunk = contexts[0].geometry, (contexts[0].past.num_frames.shape[0], contexts[0].frames)
+            else:
+                cache.require_chunk()
+                geometry, chunk = cache.geometry, (cache.batch_size, cache.open_frames)
+            if (*chunk, geometry.frame_tokens) != (batch, frames, tokens):
+                allowed = f"{chunk[0]} streams of {chunk[1]} open frames of {geometry.frame_tokens} tokens"
+                raise ValueError(f"latents must have the cache's {allowed}, got {batch}, {frames} and {tokens}")
+            if cache is not None and self.checkpointing and torch.is_grad_enabled():
+                raise ValueError("checkpointing needs contexts instead of cache: a recomputed pass must not write")
             if cache is not None:
                 return [partial(streaming_attention, layer=cache[i]) for i in range(layers)]
             return [partial(chunk_attention, context=past) for past in contexts]
@@ -352,7 +361,7 @@ class CausalWan(nn.Module):
         return [partial(attend, rope=rope, mask=mask.tokens(tokens))] * layers
 
     def _check_latents(self, name: str, latents: torch.Tensor) -> torch.Size:
-        checks.tensor(name, latents, 5, self.patch_embedding.weight.device)
+        checks.tensor(name, latents, 5, self.device)
         if latents.shape[2] != self.config.in_channels:
             raise ValueError(
                 f"{name} must be [B, F, C={self.config.in_channels}, h, w], got shape {tuple(latents.shape)}"
@@ -366,9 +375,18 @@ class CausalWan(nn.Module):
             raise ValueError(f"timesteps must be [B={batch}] or [B, F={frames}], got shape {tuple(timesteps.shape)}")
         return timesteps.expand(batch, frames)
 
-    def _check_context(self, context: torch.Tensor, batch: int | None = None) -> None:
-        checks.tensor("context", context, 3, self.patch_embedding.weight.device)
+    def _embedded(self, context: torch.Tensor, batch: int | None = None) -> torch.Tensor:
+        checks.tensor("context", context, 3, self.device)
         checks.shape("context", context, batch=batch, tokens=None, text_dim=self.config.text_dim)
+        return self.text_embedding(context.to(self.dtype))
+
+    def _check_cached(self, context: Sequence[KV], batch: int) -> None:
+        if len(context) != self.config.num_layers:
+            raise ValueError(f"context must have (k, v) of {self.config.num_layers} layers, got {len(context)}")
+        heads, head_dim = self.config.num_heads, self.config.head_dim
+        for name, x in zip(("context's k", "context's v"), context[0], strict=True):
+            checks.tensor(name, x, 4, self.device)
+            checks.shape(name, x, batch=batch, tokens=None, heads=heads, head_dim=head_dim)
 
 
 def _sinusoids(timesteps: torch.Tensor, size: int) -> torch.Tensor:
@@ -376,4 +394,4 @@ def _sinusoids(timesteps: torch.Tensor, size: int) -> torch.Tensor:
     half = size // 2
     exponents = torch.arange(half, dtype=torch.float64, device=timesteps.device) / -half
     angles = timesteps.double().unsqueeze(-1) * torch.pow(10000.0, exponents)
-    return torch.cat([angles.cos(), angles.sin()], -1).float()
+    return torch.cat([angles.cos(), angles.sin()], -1)
