@@ -1,6 +1,15 @@
 """The reference model: a Wan-style causal video transformer built on the ops."""
 
+from .checkpoints import from_pretrained, load_checkpoint, save_checkpoint
 from .config import PRESETS, CausalWanConfig
 from .wan import CausalWan, ChunkMask
 
-__all__ = ["PRESETS", "CausalWan", "CausalWanConfig", "ChunkMask"]
+__all__ = [
+    "PRESETS",
+    "CausalWan",
+    "CausalWanConfig",
+    "ChunkMask",
+    "from_pretrained",
+    "load_checkpoint",
+    "save_checkpoint",
+]

@@ -1,0 +1,200 @@
+"""Weights on disk: Wan folders, Self-Forcing and Reward-Forcing .pt files, diffusers folders; read without copies."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .config import CausalWanConfig
+from .wan import CausalWan
+
+# diffusers' names, and ours. Its norm2 is Wan's norm3, which is the only norm of a block that has weights.
+_FROM_DIFFUSERS = (
+    (r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
+    (r"^condition_embedder\.(time|text)_embedder\.linear_2\.", r"\1_embedding.2."),
+    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+    (r"^proj_out\.", "head.head."),
+    (r"^scale_shift_table$", "head.modulation"),
+    (r"\.scale_shift_table$", ".modulation"),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_out\.0\.", ".o."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.norm2\.", ".norm3."),
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+    (r"\.ffn\.net\.2\.", ".ffn.2."),
+)
+_SHOWN = 12  # names of each kind that an error spells out
+
+
+def load_checkpoint(
+    model: CausalWan, path: str | os.PathLike, *, weights: str | None = None, assign: bool = False
+) -> CausalWan:
+    """Loads published or saved weights into ``model``, all or nothing.
+
+    Args:
+        path: a folder of safetensors, whole or sharded by an index (original Wan, diffusers, `save_checkpoint`; a
+            diffusers pipeline's ``transformer`` is found), or a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file.
+            Pickled files are read with ``weights_only`` and memory-mapped.
+        weights: of a .pt file that holds several: "generator_ema" or "generator". Default: the first of these there is.
+        assign: make the file's memory-mapped tensors the parameters, in their own dtype, instead of copying into the
+            model's: for a model on the meta device.
+
+    Returns:
+        the model.
+
+    Raises:
+        FileNotFoundError: no such file, or a shard missing. ValueError: missing, unexpected and mis-shaped keys, all
+            listed; or a file without weights. The model is unchanged then. ImportError: safetensors is needed.
+    """
+    state = read_checkpoint(path, weights)
+    own = model.state_dict()
+    shapes = [
+        f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    problems = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": shapes,
+    }
+    if any(problems.values()):
+        lines = [f"{path} does not fit this model ({model.config})"]
+        for kind, names in problems.items():
+            if names:
+                rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+                lines.append(f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{rest}")
+        raise ValueError("\n  ".join(lines))
+    if not assign and any(p.is_meta for p in own.values()):
+        raise ValueError("assign must be True for a model on the meta device: it has no memory to copy into")
+    model.load_state_dict(state, assign=assign)
+    return model
+
+
+def save_checkpoint(model: CausalWan, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+    """Writes ``config.json`` and ``diffusion_pytorch_model.safetensors``, Wan's own layout and names, in ``folder``.
+
+    dtype: of the written weights, default the model's.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = asdict(model.config)
+    # What Wan's own loader calls them.
+    config |= {"_class_name": "WanModel", "in_dim": config.pop("in_channels"), "out_dim": config.pop("out_channels")}
+    state = {
+        name: tensor.detach().to(dtype or tensor.dtype).contiguous() for name, tensor in model.state_dict().items()
+    }
+    # Written beside, then moved: an interrupted save leaves the old file.
+    partial = folder / "diffusion_pytorch_model.safetensors.partial"
+    save_file(state, partial, metadata={"format": "pt"})
+    os.replace(partial, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def from_pretrained(path: str | os.PathLike, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"):
+    """The model that a folder with a config.json holds (original Wan, diffusers, `save_checkpoint`), without a second
+    copy of its weights in memory.
+
+    Raises:
+        FileNotFoundError: no config.json; otherwise as `load_checkpoint`.
+    """
+    folder = _weights_folder(Path(path))
+    with torch.device("meta"):
+        model = CausalWan(read_config(folder))
+    load_checkpoint(model, folder, assign=True)
+    return model.to(device, dtype)
+
+
+def read_config(folder: str | os.PathLike) -> CausalWanConfig:
+    """The sizes in a folder's config.json, in Wan's or diffusers' names.
+
+    Raises:
+        FileNotFoundError; ValueError: not a text-to-video Wan transformer.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} must hold the transformer's config.json")
+    given = json.loads(file.read_text())
+    if given.get("image_dim") or given.get("added_kv_proj_dim") or given.get("model_type", "t2v") != "t2v":
+        raise ValueError(f"{file} must describe a text-to-video Wan transformer, got an image-conditioned one")
+    names = {"in_dim": "in_channels", "out_dim": "out_channels", "num_attention_heads": "num_heads"}
+    sizes = {names.get(key, key): value for key, value in given.items()}
+    if "attention_head_dim" in sizes:
+        sizes["dim"] = sizes["num_heads"] * sizes["attention_head_dim"]
+    if "dim" not in sizes:
+        raise ValueError(f"{file} must describe a Wan transformer, got {given.get('_class_name', 'no dim')}")
+    sizes["qk_norm"] = bool(sizes.get("qk_norm", True))
+    fields = CausalWanConfig.__dataclass_fields__
+    return CausalWanConfig(**{key: value for key, value in sizes.items() if key in fields})
+
+
+def read_checkpoint(path: str | os.PathLike, weights: str | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint under Wan's own names, memory-mapped; arguments as in `load_checkpoint`."""
+    path = Path(path)
+    if path.is_dir():
+        state = _read_folder(_weights_folder(path))
+    elif not path.is_file():
+        raise FileNotFoundError(f"path must be a folder or a file of weights, there is no {path}")
+    elif path.suffix == ".safetensors":
+        state = _read_safetensors(path)
+    else:
+        state = _unwrap(torch.load(path, map_location="cpu", weights_only=True, mmap=True), weights, path)
+    state = {re.sub(r"^(model\.|module\.|_fsdp_wrapped_module\.|_orig_mod\.)+", "", k): t for k, t in state.items()}
+    if any(name.startswith("condition_embedder.") for name in state):
+        for pattern, name in _FROM_DIFFUSERS:
+            state = {re.sub(pattern, name, key): tensor for key, tensor in state.items()}
+    return state
+
+
+def _weights_folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"path must be a folder, there is no {folder}")
+    nested = folder / "transformer"
+    return nested if nested.is_dir() else folder
+
+
+def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+    else:
+        names = [file.name for file in sorted(folder.glob("*.safetensors"))]
+        if len(names) != 1:
+            raise FileNotFoundError(f"{folder} must hold one .safetensors file, or several with an index, got {names}")
+    lacking = [name for name in names if not (folder / name).is_file()]
+    if lacking:
+        raise FileNotFoundError(f"{folder} lacks the shards {', '.join(lacking)}")
+    state: dict[str, torch.Tensor] = {}
+    for name in names:
+        state |= _read_safetensors(folder / name)
+    return state
+
+
+def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)  # memory-mapped
+
+
+def _unwrap(state, weights: str | None, path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in what a trainer pickled: itself, or under a name."""
+    known = ("generator_ema", "generator", "model", "state_dict")
+    if weights is not None and (not isinstance(state, dict) or weights not in state):
+        held = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"weights must be one of those in {path}: {held[:_SHOWN]}, got {weights!r}")
+    while isinstance(state, dict):
+        name = weights or next((name for name in known if isinstance(state.get(name), dict)), None)
+        if name is None:
+            break
+        state, weights = state[name], None
+    if not isinstance(state, dict) or not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
+        raise ValueError(f"{path} must hold a state dict, or one as {' or '.join(known[:2])}")
+    return state
