@@ -2,6 +2,7 @@
 
 from .checkpoints import from_pretrained, load_checkpoint, save_checkpoint
 from .config import PRESETS, CausalWanConfig
+from .sampler import StreamingSampler
 from .wan import CausalWan, ChunkMask
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "CausalWan",
     "CausalWanConfig",
     "ChunkMask",
+    "StreamingSampler",
     "from_pretrained",
     "load_checkpoint",
     "save_checkpoint",

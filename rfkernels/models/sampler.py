@@ -1,0 +1,350 @@
+"""Few-step streaming generation: one chunk after another, for as long as wanted, at constant memory."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from .. import checks
+from ..arguments import accumulate_dtype
+from ..losses.schedule import FlowMatchSchedule
+from .wan import KV, CausalWan
+
+TextContext = torch.Tensor | Sequence[KV]  # embeddings [B, n, text_dim], or what CausalWan.encode_context made of them
+
+
+class StreamingSampler:
+    """Generates video chunk by chunk with a `CausalWan` and its cache (Self Forcing; Reward Forcing, arXiv 2512.04678).
+
+    A chunk starts as noise; each step predicts the clean chunk and mixes it with fresh noise for the next one. Then a
+    pass over the clean chunk writes the keys and values that later chunks see. Noise depends on (seed, stream, chunk)
+    only, whatever the batch. Nothing is differentiated.
+
+    Args:
+        model: the transformer, or ``torch.compile`` of it.
+        steps: falling, unshifted, within (0, 1000]; shift: see `FlowMatchSchedule`.
+        chunk_frames: latent frames of a chunk; first_chunk_frames: of the very first one, e.g. 1.
+        sink_frames, window_frames, alpha: of the cache; the window holds at least a chunk.
+        height, width: of a latent frame. batch_size: streams.
+        streams: their numbers, which with the seed decide their noise; default 0..batch_size - 1.
+        context_noise: timestep in 0..1000 (shifted) of the pass over the clean chunk. As published it sets the timestep
+            only; with add_context_noise the chunk is also mixed with noise to that level.
+        cache_options: further arguments of `EMASinkCache` (sink_dtype, sink_positions, dtype).
+
+    Attributes:
+        cache: the `EMASinkCache`. chunk: number of chunks so far. frames: latent frames so far, initial ones included.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        model: CausalWan,
+        steps: Sequence[float] = (1000, 750, 500, 250),
+        shift: float = 5.0,
+        chunk_frames: int = 3,
+        sink_frames: int = 3,
+        window_frames: int = 6,
+        alpha: float = 0.999,
+        *,
+        height: int = 60,
+        width: int = 104,
+        batch_size: int = 1,
+        streams: Sequence[int] | None = None,
+        first_chunk_frames: int | None = None,
+        context_noise: float = 0.0,
+        add_context_noise: bool = False,
+        **cache_options,
+    ):
+        self.model, self.schedule = model, FlowMatchSchedule(shift)
+        self.timesteps = self.schedule.timesteps(steps)
+        self.chunk_frames = checks.integer("chunk_frames", chunk_frames, 1)
+        checks.integer("window_frames", window_frames, self.chunk_frames)
+        first = self.chunk_frames if first_chunk_frames is None else first_chunk_frames
+        self.first_chunk_frames = checks.integer("first_chunk_frames", first, 1, window_frames)
+        batch_size = checks.integer("batch_size", batch_size, 1)
+        self.streams = list(range(batch_size) if streams is None else streams)
+        if len(self.streams) != batch_size:
+            raise ValueError(f"streams must have batch_size={batch_size} numbers, got {len(self.streams)}")
+        for stream in self.streams:
+            checks.integer("streams", stream, 0)
+        self.context_noise = _between("context_noise", context_noise, 0, 1000)
+        self.add_context_noise = bool(add_context_noise)
+        self.dtype, self.shape = accumulate_dtype(model.dtype), (model.config.in_channels, height, width)
+        self.cache = model.make_cache(
+            batch_size, height, width, sink_frames=sink_frames, window_frames=window_frames, alpha=alpha,
+            **cache_options,
+        )  # fmt: skip
+        self._context: tuple[TextContext, Sequence[KV]] | None = None  # as given, and encoded
+        self.seed = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.chunk, self.frames, self._unfinished = 0, 0, 0
+        self._recent = torch.zeros(len(self.streams), 0, *self.shape, dtype=self.dtype, device=self.cache.device)
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(
+        self,
+        context: TextContext | None = None,
+        source: torch.Tensor | None = None,
+        noise_scale: float | None = None,
+        steps: Sequence[float] | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        frames: int | None = None,
+    ) -> torch.Tensor:
+        """One chunk of clean latents, ``[B, F, C, h, w]`` in float32 (float64 for a float64 model).
+
+        Args:
+            context: of this chunk and the following ones; None: the last one. (`switch` also recomputes the window.)
+            source: latents ``[B, F, C, h, w]`` of an incoming video. The chunk then starts from
+                ``(1 - noise_scale) * source + noise_scale * noise`` at that noise level, and takes the steps below it.
+            noise_scale: with source, in (0, 1].
+            steps: of this chunk, in place of the sampler's.
+            generator: draws the noise, in place of (seed, stream, chunk).
+            frames: of this chunk, default chunk_frames; with source, as many as it has.
+
+        Raises:
+            ValueError, TypeError: naming the argument; nothing has changed then. A chunk that failed later (e.g. out of
+                memory) is taken up again by the next call, which must be for as many frames.
+        """
+        timesteps = self.timesteps if steps is None else self.schedule.timesteps(steps)
+        if (source is None) != (noise_scale is None):
+            raise ValueError("source and noise_scale go together, got only one of them")
+        if source is not None:
+            source = self._latents("source", source)
+            if frames not in (None, source.shape[1]):
+                raise ValueError(f"frames must be those of source, {source.shape[1]}, got {frames}")
+            frames, level = source.shape[1], 1000 * _between("noise_scale", noise_scale, 0, 1, open_low=True)
+            timesteps = (level, *(t for t in timesteps if t < level))
+        if frames is None:
+            frames = self._unfinished or (self.chunk_frames if self.frames else self.first_chunk_frames)
+        checks.integer("frames", frames, 1, self.cache.geometry.window_frames)
+        kv = self._encoded(context)
+        noise = self._noise(frames, generator)
+        self._begin(frames)
+        x = next(noise)
+        if source is not None:
+            x = self.schedule.add_noise(source, x, timesteps[0])
+        for timestep, following in zip(timesteps, (*timesteps[1:], None), strict=True):
+            clean = self.schedule.clean(x, self._flow(x, timestep, kv), timestep)
+            x = clean if following is None else self.schedule.add_noise(clean, next(noise), following)
+        self._finish(x, kv, noise)
+        return x
+
+    def stream(
+        self,
+        context: TextContext | None = None,
+        num_frames: int | None = None,
+        seed: int | None = None,
+        initial: torch.Tensor | None = None,
+        progress: bool | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Chunk after chunk of clean latents, as `step` returns them; goes on from where the sampler is.
+
+        Args:
+            num_frames: latent frames to generate (the last chunk may be short); None: for ever.
+            seed: of the noise, default the last one given (0 at first).
+            initial: clean latents ``[B, any length, C, h, w]`` to continue from (an image, a video); not yielded.
+            progress: a bar with frames per second; default: if tqdm is there and stderr is a terminal.
+
+        `switch`, `snapshot`, ... may be called between chunks.
+        """
+        if num_frames is not None:
+            checks.integer("num_frames", num_frames, 1)
+        if seed is not None:
+            self.seed = checks.integer("seed", seed, 0)
+        self._encoded(context)
+        if initial is not None:
+            self.extend(initial)
+        return self._stream(num_frames, progress)
+
+    def _stream(self, num_frames: int | None, progress: bool | None) -> Iterator[torch.Tensor]:
+        with _bar(num_frames, progress) as bar:
+            done = 0
+            while num_frames is None or done < num_frames:
+                frames = self._unfinished or (self.chunk_frames if self.frames else self.first_chunk_frames)
+                chunk = self.step(frames=frames if num_frames is None else min(frames, num_frames - done))
+                done += chunk.shape[1]
+                bar.update(chunk.shape[1])
+                yield chunk
+
+    @torch.no_grad()
+    def extend(self, latents: torch.Tensor, context: TextContext | None = None) -> None:
+        """Takes clean latents ``[B, any length, C, h, w]`` as if they had just been generated, chunk by chunk.
+
+        Raises:
+            ValueError, TypeError: as `step`.
+        """
+        latents, kv = self._latents("latents", latents), self._encoded(context)
+        for chunk in latents.split(self.chunk_frames, 1):
+            self._begin(chunk.shape[1])
+            self._finish(chunk, kv, self._noise(chunk.shape[1]))
+
+    @torch.no_grad()
+    def switch(self, context: TextContext, recompute: bool = True) -> None:
+        """Another prompt from here on.
+
+        recompute: also one pass over the window's frames under the new prompt, so that their keys and values, which the
+            next chunk sees, no longer speak of the old one (as LongLive does). The sink stays as it is, but for frames
+            that have not left the window.
+        """
+        kv, window = self._encoded(context), self._recent
+        if self._unfinished:
+            raise ValueError("the last chunk has failed: run step again, or restore a snapshot, before switching")
+        if recompute and window.shape[1]:
+            self.cache.begin_chunk(window.shape[1], replace=window.shape[1])
+            self._write(window, kv, self._noise(window.shape[1]))
+
+    def _begin(self, frames: int) -> None:
+        if self._unfinished not in (0, frames):
+            raise ValueError(f"frames must be {self._unfinished}, those of the chunk that failed, got {frames}")
+        self.cache.begin_chunk(frames, replace=self._unfinished)
+        self._unfinished = frames
+
+    def _finish(self, clean: torch.Tensor, kv: Sequence[KV], noise: Iterator[torch.Tensor]) -> None:
+        """The pass that leaves the clean chunk in the cache."""
+        self._write(clean, kv, noise)
+        self._recent = torch.cat([self._recent, clean], 1)[:, -self.cache.geometry.window_frames :].contiguous()
+        self.chunk, self.frames, self._unfinished = self.chunk + 1, self.frames + clean.shape[1], 0
+
+    def _write(self, clean: torch.Tensor, kv: Sequence[KV], noise: Iterator[torch.Tensor]) -> None:
+        if self.add_context_noise and self.context_noise:
+            clean = self.schedule.add_noise(clean, next(noise), self.context_noise)
+        self._flow(clean, self.context_noise, kv)
+
+    def _flow(self, x: torch.Tensor, timestep: float, kv: Sequence[KV]) -> torch.Tensor:
+        return self.model(x, torch.full((len(x),), timestep, device=x.device), kv, self.cache)
+
+    def _noise(self, frames: int, generator: torch.Generator | None = None) -> Iterator[torch.Tensor]:
+        """Standard normal ``[B, frames, C, h, w]``, again and again, drawn on the generator's device (a CPU's)."""
+        options = dict(dtype=self.dtype)
+        if generator is not None:
+            while True:
+                shape = (len(self.streams), frames, *self.shape)
+                yield torch.randn(shape, generator=generator, device=generator.device, **options).to(self.cache.device)
+        seeds = [np.random.SeedSequence((self.seed, s, self.chunk)).generate_state(1, np.uint64) for s in self.streams]
+        generators = [torch.Generator().manual_seed(int(seed[0])) for seed in seeds]
+        while True:
+            noise = [torch.randn(frames, *self.shape, generator=g, **options) for g in generators]
+            yield torch.stack(noise).to(self.cache.device)
+
+    @torch.no_grad()
+    def _encoded(self, context: TextContext | None) -> Sequence[KV]:
+        if context is None:
+            if self._context is None:
+                raise ValueError("context must be given for the first chunk")
+            return self._context[1]
+        if self._context is None or context is not self._context[0]:
+            batch = context.shape[0] if isinstance(context, torch.Tensor) else context[0][0].shape[0]
+            if batch != len(self.streams):
+                raise ValueError(f"context must have batch_size={len(self.streams)}, got {batch}")
+            encoded = self.model.encode_context(context) if isinstance(context, torch.Tensor) else context
+            self._context = (context, encoded)
+        return self._context[1]
+
+    def _latents(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        checks.tensor(name, x, 5, self.cache.device)
+        channels, height, width = self.shape
+        checks.shape(name, x, batch=len(self.streams), frames=None, channels=channels, height=height, width=width)
+        if x.shape[1] == 0:
+            raise ValueError(f"{name} must have at least one frame, got shape {tuple(x.shape)}")
+        return x.to(self.dtype)
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reset(self, keep_sink: bool = False) -> None:
+        """Starts another video. keep_sink: the sink frames stay, as if they were its first frames."""
+        cache, tokens = self.cache, self.cache.geometry.frame_tokens
+        kept = min(self.frames, cache.geometry.sink_frames) if keep_sink else 0
+        k, v = (None if x is None else x.clone() for x in (cache.sink_k, cache.sink_v))
+        fixed = cache.k[:, :, : kept * tokens].clone()  # sinks that never move have no un-rotated keys
+        cache.reset()
+        self._forget()
+        for frame in range(kept):
+            cache.begin_chunk(1)
+            at = slice(frame * tokens, (frame + 1) * tokens)
+            for index, layer in enumerate(cache):
+                layer.write((fixed if k is None else k)[index][:, at], v[index][:, at])
+        if kept and k is None:
+            cache.k[:, :, : kept * tokens] = fixed
+        self.frames = kept
+
+    def snapshot(self) -> dict:
+        """A copy of the whole state, for `restore`: to branch a stream, or, by ``torch.save``, to go on another day."""
+        given, encoded = (None, None) if self._context is None else self._context
+        held = given if isinstance(given, torch.Tensor) else None if encoded is None else [tuple(kv) for kv in encoded]
+        return {
+            "cache": self.cache.snapshot(),
+            "recent": self._recent.clone(),
+            "context": held,
+            "seed": self.seed,
+            "streams": list(self.streams),
+            "counts": [self.chunk, self.frames, self._unfinished],
+        }
+
+    def restore(self, snapshot: dict) -> None:
+        """Goes back to a `snapshot` (``torch.load(file, weights_only=True)`` will do), bit for bit.
+
+        Raises:
+            ValueError: a snapshot of another sampler. Nothing is changed then.
+        """
+        names = {"cache", "recent", "context", "seed", "streams", "counts"}
+        if set(snapshot) != names:
+            raise ValueError(f"snapshot must have the entries {sorted(names)}, got {sorted(snapshot)}")
+        recent = snapshot["recent"]
+        if recent.shape[2:] != self.shape or len(snapshot["streams"]) != len(self.streams):
+            allowed = f"{len(self.streams)} streams of {self.shape}"
+            raise ValueError(
+                f"snapshot must be of {allowed}, got {len(snapshot['streams'])} of {tuple(recent.shape[2:])}"
+            )
+        self.cache.restore(snapshot["cache"])
+        self._recent = recent.to(self.cache.device, self.dtype, copy=True)
+        self.seed, self.streams = snapshot["seed"], list(snapshot["streams"])
+        self.chunk, self.frames, self._unfinished = snapshot["counts"]
+        self._context = None
+        if snapshot["context"] is not None:
+            self._encoded(_moved(snapshot["context"], self.cache.device))
+
+
+def _moved(context: TextContext, device: torch.device) -> TextContext:
+    if isinstance(context, torch.Tensor):
+        return context.to(device)
+    return [(k.to(device), v.to(device)) for k, v in context]
+
+
+def _between(name: str, value: float, low: float, high: float, open_low: bool = False) -> float:
+    if not isinstance(value, numbers.Real) or not low <= value <= high or (open_low and value == low):
+        raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}], got {value!r}")
+    return float(value)
+
+
+class _NoBar:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def update(self, frames: int) -> None:
+        pass
+
+
+def _bar(total: int | None, progress: bool | None):
+    if progress is False:
+        return _NoBar()
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        if progress:
+            raise
+        return _NoBar()
+    return tqdm(total=total, unit=" frames", disable=None if progress is None else False)
