@@ -1,4 +1,4 @@
-"""``python -m rfkernels``: what is here, and a demonstration."""
+"""``python -m rfkernels``: what is here, a demonstration, and videos from text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import rfkernels as rf
-from rfkernels import demo, native
+from rfkernels import demo, generate, native
 
 
 def _nvcc() -> str:
@@ -54,8 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, backends, and why what is missing is missing")
     demo.add_arguments(commands.add_parser("demo", help="stream real pictures through three kinds of sink"))
+    generate.add_arguments(commands.add_parser("generate", help="text to a video file, from a folder of weights"))
     args = parser.parse_args(argv)
-    return info() if args.command == "info" else demo.run(args)
+    return info() if args.command == "info" else {"demo": demo, "generate": generate}[args.command].run(args)
 
 
 if __name__ == "__main__":

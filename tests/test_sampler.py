@@ -5,6 +5,7 @@ import io
 import itertools
 import time
 
+import budget
 import pytest
 import torch
 from test_model import small
@@ -62,20 +63,16 @@ def test_noise_depends_on_seed_stream_and_chunk_only(device):
 
 
 def test_a_batch_equals_its_streams_alone(device):
-    """Eight chunks in float32; each stream's own deviation from float64 bounds what a batch may change."""
-    context = prompt(small(device), 2)
-    results = {}
+    """Eight chunks in float32: a batch is as near to float64 (same weights, same noise) as its streams alone are."""
+    context, results = prompt(small(device), 2), {}
     for dtype in (torch.float64, torch.float32):
         torch.manual_seed(0)
-        model = small(device, dtype)
-        own = context.to(dtype)
-        results[dtype, "both"] = frames(make(model, 2), own, 16)
+        model, own = small(device, dtype), context.to(dtype)
         alone = [frames(make(model, streams=[i]), own[i : i + 1], 16) for i in range(2)]
-        results[dtype, "alone"] = torch.cat(alone)
-    # The noise differs between the dtypes, so the budget is that of float32 against itself on these sizes.
-    for dtype, rounding in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
-        a, b = results[dtype, "both"], results[dtype, "alone"]
-        assert (a - b).norm() / b.norm() < rounding
+        results[dtype] = frames(make(model, 2), own, 16), torch.cat(alone)
+    torch.testing.assert_close(*results[torch.float64], rtol=1e-10, atol=1e-10)
+    both, alone = results[torch.float32]
+    budget.check(both, results[torch.float64][1], alone)
 
 
 @pytest.mark.parametrize("first, total, sizes", [(None, 7, [2, 2, 2, 1]), (1, 6, [1, 2, 2, 1]), (1, 1, [1])])

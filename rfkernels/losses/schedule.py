@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import numbers
 from collections.abc import Sequence
 
@@ -38,7 +39,7 @@ class FlowMatchSchedule:
             ValueError: no steps, not falling, or outside (0, 1000].
         """
         steps = tuple(float(s) for s in steps)
-        if not steps or any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in zip(steps, steps[1:])):
+        if not steps or any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in itertools.pairwise(steps)):
             raise ValueError(f"steps must fall strictly within (0, 1000], got {steps}")
         return tuple(self.timestep(s) for s in steps)
 

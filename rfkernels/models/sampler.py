@@ -224,17 +224,18 @@ class StreamingSampler:
         return self.model(x, torch.full((len(x),), timestep, device=x.device), kv, self.cache)
 
     def _noise(self, frames: int, generator: torch.Generator | None = None) -> Iterator[torch.Tensor]:
-        """Standard normal ``[B, frames, C, h, w]``, again and again, drawn on the generator's device (a CPU's)."""
-        options = dict(dtype=self.dtype)
+        """Standard normal ``[B, frames, C, h, w]``, again and again, drawn in float32 on the generator's device."""
         if generator is not None:
             while True:
-                shape = (len(self.streams), frames, *self.shape)
-                yield torch.randn(shape, generator=generator, device=generator.device, **options).to(self.cache.device)
+                noise = torch.randn(
+                    len(self.streams), frames, *self.shape, generator=generator, device=generator.device
+                )
+                yield noise.to(self.cache.device, self.dtype)
         seeds = [np.random.SeedSequence((self.seed, s, self.chunk)).generate_state(1, np.uint64) for s in self.streams]
         generators = [torch.Generator().manual_seed(int(seed[0])) for seed in seeds]
         while True:
-            noise = [torch.randn(frames, *self.shape, generator=g, **options) for g in generators]
-            yield torch.stack(noise).to(self.cache.device)
+            noise = [torch.randn(frames, *self.shape, generator=g) for g in generators]
+            yield torch.stack(noise).to(self.cache.device, self.dtype)
 
     @torch.no_grad()
     def _encoded(self, context: TextContext | None) -> Sequence[KV]:

@@ -1,0 +1,70 @@
+"""From text to embeddings and from latents to pictures, with transformers' UMT5 and diffusers' Wan VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .. import checks
+
+
+class StreamingDecoder:
+    """Decodes latents chunk by chunk with diffusers' ``AutoencoderKLWan``, keeping its feature cache in between.
+
+    Any division into chunks gives the frames of decoding the whole at once; memory does not grow. One decoder is one
+    video: several can share a VAE.
+
+    Args:
+        vae: an ``AutoencoderKLWan``.
+    """
+
+    def __init__(self, vae):
+        self.vae = vae
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts another video."""
+        # The list that the VAE's own decode makes for one call; holding it ourselves keeps it from call to call.
+        self.vae.clear_cache()
+        self._features, self._first = self.vae._feat_map, True
+        self.vae.clear_cache()
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Frames ``[B, n, 3, H, W]`` in -1..1 of the next latents ``[B, F, C, h, w]``: 4 for each latent frame, but 1
+        for the first one of a video. Latents are normalised, as the transformer has them.
+
+        Raises:
+            ValueError: other channels than the VAE has.
+        """
+        config = self.vae.config
+        checks.tensor("latents", latents, 5)
+        checks.shape("latents", latents, batch=None, frames=None, channels=config.z_dim, height=None, width=None)
+        x = latents.transpose(1, 2).to(self.vae.dtype)
+        mean, std = (torch.tensor(c).to(x)[:, None, None, None] for c in (config.latents_mean, config.latents_std))
+        x, frames = self.vae.post_quant_conv(x * std + mean), []
+        for frame in x.split(1, 2):
+            frames.append(self.vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=self._first))
+            self._first = False
+        out = torch.cat(frames, 2)
+        if config.patch_size is not None:
+            from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+            out = unpatchify(out, patch_size=config.patch_size)
+        return out.clamp(-1, 1).transpose(1, 2)
+
+
+@torch.no_grad()
+def encode_prompts(tokenizer, encoder, prompts: Sequence[str], text_len: int = 512) -> torch.Tensor:
+    """Embeddings ``[B, text_len, text_dim]`` as Wan was trained on: zeros behind the end of each text.
+
+    Args:
+        tokenizer, encoder: of UMT5 (``AutoTokenizer``, ``UMT5EncoderModel``). Longer texts are cut.
+    """
+    # Runs of white space are one space, as in Wan.
+    texts = [" ".join(prompt.split()) for prompt in prompts]
+    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=text_len, return_tensors="pt")
+    ids, mask = tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)
+    hidden = encoder(ids, attention_mask=mask).last_hidden_state
+    return hidden.masked_fill(~mask.bool()[..., None], 0)
