@@ -20,7 +20,7 @@ from .models.checkpoints import read_config
 from .models.video import StreamingDecoder, encode_prompts
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
-NEEDED = {"av": "av", "diffusers": "diffusers", "transformers": "transformers", "safetensors": "safetensors"}
+NEEDED = ("av", "diffusers", "transformers")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> dict[str, Path]:
     """The folder of each part; everything that is missing is found before anything is loaded."""
-    lacking = [package for module, package in NEEDED.items() if not _importable(module)]
+    lacking = [package for package in NEEDED if not _importable(package)]
     if lacking:
         raise UsageError(f'generate needs {", ".join(lacking)}: pip install "rfkernels[video]"')
     folders = {part: getattr(args, part, None) or args.model / part for part in PARTS}

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_model import diffusers_model, small
 
 import rfkernels as rf
 from rfkernels.models import CausalWan, from_pretrained, load_checkpoint, save_checkpoint
 
-safetensors = pytest.importorskip("safetensors.torch")
 CPU = torch.device("cpu")
 
 
@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_listed_and_nothing_is_loaded(tmp_path):
     del state["head.head.bias"]
     state["img_emb.proj.0.weight"] = torch.zeros(2)
     file = tmp_path / "weights.safetensors"
-    safetensors.save_file({k: v.contiguous() for k, v in state.items()}, file)
+    save_file({k: v.contiguous() for k, v in state.items()}, file)
     target = blank(model)
     with pytest.raises(ValueError) as error:
         load_checkpoint(target, file)

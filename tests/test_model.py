@@ -181,6 +181,35 @@ def test_compiles_as_one_graph_without_recompilation(form, device):
     assert not torch.equal(results[-1][0], results[-2][0])
 
 
+def test_fsdp_wraps_everything(device, tmp_path):
+    """Sharded weights exist whole within a wrapped forward only: encode_context must pass through it too."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    if device.type != "cpu" or not dist.is_available():
+        pytest.skip("one process on the CPU, by gloo")
+    model = small(device, torch.float32)
+    latents, _, context, times = inputs(device, torch.float32, frames=2)
+
+    def streamed():
+        cache = model.make_cache(2, 4, 6, dtype=torch.float32, device=device)
+        cache.begin_chunk(2)
+        return model(latents, times, model.encode_context(context), cache)
+
+    expected = streamed()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=mesh)
+        got = streamed()
+        got.square().sum().backward()
+        torch.testing.assert_close(got, expected)
+        assert all(p.grad is not None for p in model.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
 def test_the_published_sizes():
     """1.3B has 1 418 996 800 parameters, counted by hand from the sizes, on the meta device."""
     with torch.device("meta"):

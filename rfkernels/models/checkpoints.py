@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from .config import CausalWanConfig
 from .wan import CausalWan
@@ -50,7 +51,7 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: no such file, or a shard missing. ValueError: missing, unexpected and mis-shaped keys, all
-            listed; or a file without weights. The model is unchanged then. ImportError: safetensors is needed.
+            listed; or a file without weights. The model is unchanged then.
     """
     state = read_checkpoint(path, weights)
     own = model.state_dict()
@@ -82,8 +83,6 @@ def save_checkpoint(model: CausalWan, folder: str | os.PathLike, dtype: torch.dt
 
     dtype: of the written weights, default the model's.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = asdict(model.config)
@@ -144,7 +143,7 @@ def read_checkpoint(path: str | os.PathLike, weights: str | None = None) -> dict
     elif not path.is_file():
         raise FileNotFoundError(f"path must be a folder or a file of weights, there is no {path}")
     elif path.suffix == ".safetensors":
-        state = _read_safetensors(path)
+        state = load_file(path)
     else:
         state = _unwrap(torch.load(path, map_location="cpu", weights_only=True, mmap=True), weights, path)
     state = {re.sub(r"^(model\.|module\.|_fsdp_wrapped_module\.|_orig_mod\.)+", "", k): t for k, t in state.items()}
@@ -174,14 +173,8 @@ def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(f"{folder} lacks the shards {', '.join(lacking)}")
     state: dict[str, torch.Tensor] = {}
     for name in names:
-        state |= _read_safetensors(folder / name)
+        state |= load_file(folder / name)
     return state
-
-
-def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(file)  # memory-mapped
 
 
 def _unwrap(state, weights: str | None, path: Path) -> dict[str, torch.Tensor]:

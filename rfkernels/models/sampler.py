@@ -201,7 +201,7 @@ class StreamingSampler:
             raise ValueError("the last chunk has failed: run step again, or restore a snapshot, before switching")
         if recompute and window.shape[1]:
             self.cache.begin_chunk(window.shape[1], replace=window.shape[1])
-            self._write(window, kv, self._noise(window.shape[1]))
+            self._write(window, kv, self._noise(window.shape[1], again=1))
 
     def _begin(self, frames: int) -> None:
         if self._unfinished not in (0, frames):
@@ -223,16 +223,19 @@ class StreamingSampler:
     def _flow(self, x: torch.Tensor, timestep: float, kv: Sequence[KV]) -> torch.Tensor:
         return self.model(x, torch.full((len(x),), timestep, device=x.device), kv, self.cache)
 
-    def _noise(self, frames: int, generator: torch.Generator | None = None) -> Iterator[torch.Tensor]:
-        """Standard normal ``[B, frames, C, h, w]``, again and again, drawn in float32 on the generator's device."""
+    def _noise(self, frames: int, generator: torch.Generator | None = None, again: int = 0) -> Iterator[torch.Tensor]:
+        """Standard normal ``[B, frames, C, h, w]``, one after another, drawn in float32 on the generator's device.
+
+        again: 1 for frames that are recomputed, whose noise must not be that of the chunk to come.
+        """
         if generator is not None:
             while True:
                 noise = torch.randn(
                     len(self.streams), frames, *self.shape, generator=generator, device=generator.device
                 )
                 yield noise.to(self.cache.device, self.dtype)
-        seeds = [np.random.SeedSequence((self.seed, s, self.chunk)).generate_state(1, np.uint64) for s in self.streams]
-        generators = [torch.Generator().manual_seed(int(seed[0])) for seed in seeds]
+        keys = [np.random.SeedSequence((self.seed, stream, self.chunk, again)) for stream in self.streams]
+        generators = [torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0])) for key in keys]
         while True:
             noise = [torch.randn(frames, *self.shape, generator=g) for g in generators]
             yield torch.stack(noise).to(self.cache.device, self.dtype)
