@@ -1,9 +1,9 @@
 """The streaming sampler: the published procedure, determinism, state, and streams that do not end."""
 
 import gc
-import multiprocessing
 import io
 import itertools
+import multiprocessing
 import time
 
 import budget
