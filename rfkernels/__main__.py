@@ -23,7 +23,7 @@ def _nvcc() -> str:
     return found or "none found"
 
 
-def info() -> int:
+def info(args: argparse.Namespace) -> int:
     rows = {
         "rfkernels": rf.__version__,
         "python": platform.python_version(),
@@ -52,11 +52,11 @@ def info() -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rfkernels", description=rf.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, backends, and why what is missing is missing")
+    commands.add_parser("info", help="versions, backends, and why what is missing is missing").set_defaults(run=info)
     demo.add_arguments(commands.add_parser("demo", help="stream real pictures through three kinds of sink"))
     generate.add_arguments(commands.add_parser("generate", help="text to a video file, from a folder of weights"))
     args = parser.parse_args(argv)
-    return info() if args.command == "info" else {"demo": demo, "generate": generate}[args.command].run(args)
+    return args.run(args)
 
 
 if __name__ == "__main__":

@@ -303,6 +303,7 @@ def _styles(results: list[Result]) -> list[dict]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
     parser.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR", help="where demo.png goes")
     parser.add_argument("--frames", type=int, default=240, help="latent frames to stream (default 240)")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .models import CausalWan, CausalWanConfig, StreamingSampler, load_checkpoint
+from .models import CausalWanConfig, StreamingSampler, from_pretrained
 from .models.checkpoints import read_config
 from .models.video import StreamingDecoder, encode_prompts
 
@@ -29,6 +29,7 @@ class UsageError(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
     parser.add_argument("--model", type=Path, required=True, help=f"folder with {', '.join(PARTS)}")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--out", type=Path, default=Path("video.mp4"), help="default %(default)s")
@@ -97,9 +98,8 @@ def _generate(args: argparse.Namespace, folders: dict[str, Path]) -> None:
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    vae = (
-        AutoencoderKLWan.from_pretrained(folders["vae"], local_files_only=True).to(device).eval()
-    )  # float32, as in Wan
+    # float32, as in Wan
+    vae = AutoencoderKLWan.from_pretrained(folders["vae"], local_files_only=True).to(device).eval()
     config = read_config(folders["transformer"])
     space, time = vae.config.scale_factor_spatial, vae.config.scale_factor_temporal
     _, rows, columns = config.patch_size
@@ -110,9 +110,7 @@ def _generate(args: argparse.Namespace, folders: dict[str, Path]) -> None:
         raise UsageError(f"the VAE must have the transformer's {config.in_channels} channels, got {vae.config.z_dim}")
 
     context = _encode(args, folders, config, device, dtype)
-    with torch.device("meta"):
-        model = CausalWan(config)
-    model = load_checkpoint(model, args.weights or folders["transformer"], assign=True).to(device, dtype).eval()
+    model = from_pretrained(folders["transformer"], dtype, device, checkpoint=args.weights).eval()
     sampler = StreamingSampler(
         model, args.steps, args.shift, args.chunk_frames, args.sink_frames, args.window_frames, args.alpha,
         height=args.height // space, width=args.width // space,

@@ -1,14 +1,13 @@
 """The streaming sampler: the published procedure, determinism, state, and streams that do not end."""
 
-import gc
 import io
 import itertools
-import multiprocessing
 import time
 
 import budget
 import pytest
 import torch
+from memory import check_constant, memory
 from test_model import small
 
 from rfkernels.losses import FlowMatchSchedule
@@ -312,14 +311,6 @@ def test_restoring_another_samplers_state(device):
     assert before["counts"] == sampler.snapshot()["counts"]
 
 
-def memory():
-    """Tensors alive, their bytes, and the process's resident bytes."""
-    gc.collect()
-    sizes = [x.nbytes for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-    with open("/proc/self/statm") as statm:
-        return len(sizes), sum(sizes), int(statm.read().split()[1]) * 4096
-
-
 def long_stream(device, chunks):
     """`memory` and the median seconds of a chunk, early and late in a stream of a tiny model."""
     model = small(device, torch.float32)
@@ -335,11 +326,7 @@ def long_stream(device, chunks):
 
 
 def check_long_stream(device, chunks):
-    # In a process of its own: every tensor alive is counted, and what earlier tests left behind comes and goes.
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        (early, late), first, last = pool.apply(long_stream, (device, chunks))
-    assert early[:2] == late[:2]
-    assert late[2] - early[2] < 8 << 20
+    first, last = check_constant(long_stream, device, chunks)
     print(f"{2 * chunks} frames: median chunk {first * 1e3:.2f} ms early, {last * 1e3:.2f} ms late")
 
 

@@ -98,9 +98,17 @@ def save_checkpoint(model: CausalWan, folder: str | os.PathLike, dtype: torch.dt
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def from_pretrained(path: str | os.PathLike, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"):
+def from_pretrained(
+    path: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    checkpoint: str | os.PathLike | None = None,
+) -> CausalWan:
     """The model that a folder with a config.json holds (original Wan, diffusers, `save_checkpoint`), without a second
     copy of its weights in memory.
+
+    checkpoint: other weights for that config, e.g. Reward Forcing's .pt; whatever `load_checkpoint` reads.
 
     Raises:
         FileNotFoundError: no config.json; otherwise as `load_checkpoint`.
@@ -108,8 +116,7 @@ def from_pretrained(path: str | os.PathLike, dtype: torch.dtype | None = None, d
     folder = _weights_folder(Path(path))
     with torch.device("meta"):
         model = CausalWan(read_config(folder))
-    load_checkpoint(model, folder, assign=True)
-    return model.to(device, dtype)
+    return load_checkpoint(model, checkpoint or folder, assign=True).to(device, dtype)
 
 
 def read_config(folder: str | os.PathLike) -> CausalWanConfig:

@@ -125,7 +125,7 @@ class StreamingSampler:
             frames, level = source.shape[1], 1000 * _between("noise_scale", noise_scale, 0, 1, open_low=True)
             timesteps = (level, *(t for t in timesteps if t < level))
         if frames is None:
-            frames = self._unfinished or (self.chunk_frames if self.frames else self.first_chunk_frames)
+            frames = self._next_frames()
         checks.integer("frames", frames, 1, self.cache.geometry.window_frames)
         kv = self._encoded(context)
         noise = self._noise(frames, generator)
@@ -170,7 +170,7 @@ class StreamingSampler:
         with _bar(num_frames, progress) as bar:
             done = 0
             while num_frames is None or done < num_frames:
-                frames = self._unfinished or (self.chunk_frames if self.frames else self.first_chunk_frames)
+                frames = self._next_frames()
                 chunk = self.step(frames=frames if num_frames is None else min(frames, num_frames - done))
                 done += chunk.shape[1]
                 bar.update(chunk.shape[1])
@@ -202,6 +202,9 @@ class StreamingSampler:
         if recompute and window.shape[1]:
             self.cache.begin_chunk(window.shape[1], replace=window.shape[1])
             self._write(window, kv, self._noise(window.shape[1], again=1))
+
+    def _next_frames(self) -> int:
+        return self._unfinished or (self.chunk_frames if self.frames else self.first_chunk_frames)
 
     def _begin(self, frames: int) -> None:
         if self._unfinished not in (0, frames):

@@ -362,10 +362,7 @@ class CausalWan(nn.Module):
 
     def _check_latents(self, name: str, latents: torch.Tensor) -> torch.Size:
         checks.tensor(name, latents, 5, self.device)
-        if latents.shape[2] != self.config.in_channels:
-            raise ValueError(
-                f"{name} must be [B, F, C={self.config.in_channels}, h, w], got shape {tuple(latents.shape)}"
-            )
+        checks.shape(name, latents, B=None, F=None, C=self.config.in_channels, h=None, w=None)
         return latents.shape
 
     def _check_timesteps(self, timesteps: torch.Tensor, batch: int, frames: int) -> torch.Tensor:
