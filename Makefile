@@ -18,7 +18,7 @@ test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.cpu_ratios
+	$(BIN)/python -m rfkernels bench
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
