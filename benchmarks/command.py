@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-DESCRIPTION = "how fast each operation is on this machine, beside what one would use instead, and how far from its limit"
+DESCRIPTION = (
+    "how fast each operation is on this machine, beside what one would use instead, and how far it is from its limit"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave out what compiles for many seconds")
     parser.add_argument("--json", metavar="PATH", help="save the run")
     parser.add_argument("--plot", metavar="PATH", help="save bars and a roofline as PNG (needs matplotlib)")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="print two saved runs side by side; time nothing")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="print two saved runs side by side")
     parser.set_defaults(run=run)
 
 

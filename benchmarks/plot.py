@@ -50,5 +50,6 @@ def plot(run: dict, path: str | Path) -> None:
     roof.set(xscale="log", yscale="log", xlabel="FLOP per byte that must be moved", ylabel="TFLOP/s")
     roof.legend(fontsize=7)
     where = run["environment"]
-    figure.suptitle(f"rfkernels {where['commit']}, {where.get('gpu') or where['cpu']}, torch {where['torch']}", fontsize=9)
+    machine = where.get("gpu") or where["cpu"]
+    figure.suptitle(f"rfkernels {where['commit']}, {machine}, torch {where['torch']}", fontsize=9)
     figure.savefig(path, dpi=120)

@@ -33,7 +33,7 @@ def label(operation: str, case: Case) -> str:
 
 
 def select(device: torch.device, expression: str | None = None, quick: bool = False) -> list[Selection]:
-    """The operations and cases to run. An expression chooses from all of them; otherwise a CPU gets what it has time for.
+    """The operations and cases to run. An expression chooses from all; else a CPU gets what it has time for.
 
     Raises:
         ValueError: an expression that cannot be read, or that chooses nothing.
