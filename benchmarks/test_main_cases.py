@@ -14,6 +14,8 @@ from benchmarks.operations import OPERATIONS, Options
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHOSEN = {runner.label(*one): one for one in runner.select(DEVICE, quick=True)}
 
+CONTENDERS = ("rfkernels cuda", "rfkernels triton", "rfkernels sdpa", "usual", "SDPA", "plain")
+
 
 @pytest.fixture(scope="module", params=CHOSEN)
 def bench(request):
