@@ -1,6 +1,7 @@
-"""Losses of Re-DMD distillation."""
+"""Losses of Re-DMD distillation, and the flow matching that they build on."""
 
+from .flow import critic_loss, flow_matching_loss
 from .redmd import ReDMDLoss, redmd_loss
 from .schedule import FlowMatchSchedule
 
-__all__ = ["FlowMatchSchedule", "ReDMDLoss", "redmd_loss"]
+__all__ = ["FlowMatchSchedule", "ReDMDLoss", "critic_loss", "flow_matching_loss", "redmd_loss"]

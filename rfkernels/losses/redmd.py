@@ -49,14 +49,7 @@ def redmd_loss(
     checks.tensor("weight", weight, 1, x.device)
     checks.shape("weight", weight, batch=x.shape[0])
     if mask is not None:
-        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-        if mask.device != x.device:
-            raise ValueError(f"mask must be on {x.device}, got {mask.device}")
-        try:
-            mask = mask.expand(x.shape)
-        except RuntimeError:
-            raise ValueError(f"mask must broadcast to {tuple(x.shape)}, got {tuple(mask.shape)}") from None
+        mask = checks.mask(mask, x)
     need_grad = torch.is_grad_enabled() and x.requires_grad
     loss, _ = torch.ops.rfkernels.redmd_loss(
         x, *(None if latent is None else latent.detach() for latent in latents.values()),
