@@ -16,7 +16,7 @@ from ..models.wan import CausalWan
 
 
 class Rollout(NamedTuple):
-    """latents: ``[B, N, C, h, w]`` clean, with gradients from frame ``first_grad_frame`` on (N: nowhere).
+    """latents: ``[B, N, C, h, w]`` clean; where gradients are enabled, with one from frame ``first_grad_frame`` on.
     exit_steps: of each chunk, the index of the step whose prediction it is."""
 
     latents: torch.Tensor
@@ -25,7 +25,7 @@ class Rollout(NamedTuple):
 
     @property
     def graded(self) -> torch.Tensor:
-        """The frames with gradients: what a score is asked about."""
+        """The frames from first_grad_frame on: what the scores are asked about."""
         return self.latents[:, self.first_grad_frame :]
 
 
@@ -145,10 +145,11 @@ class SelfForcingRollout:
                 for timestep, following in zip(self.timesteps[:last], self.timesteps[1:], strict=False):
                     clean = predict(x, timestep, encoded, cache=cache)
                     x = self.schedule.add_noise(clean, noise(frames), following)
-            if torch.is_grad_enabled() and done >= num_frames - self.grad_frames:
+            graded = done >= num_frames - self.grad_frames
+            first_grad = min(first_grad, done) if graded else first_grad
+            if graded and torch.is_grad_enabled():
                 # The embeddings, not their cached keys and values: these have weights too.
                 clean = predict(x, self.timesteps[last], context, contexts=[layer.context() for layer in cache])
-                first_grad = min(first_grad, done)
             else:
                 with torch.no_grad():
                     clean = predict(x, self.timesteps[last], encoded, cache=cache)
