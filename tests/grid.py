@@ -1,7 +1,7 @@
 """The cases that every backend's kernels run, as data, and the functions that run one.
 
-A case says nothing of where it runs: Triton's interpreter, a GPU, or PTX on the emulator. Tiles of a compiled kernel are
-larger than the interpreter's, so there ``case._replace(head_dim=..., size=...)`` makes it straddle them.
+A case says nothing of where it runs: Triton's interpreter, a GPU, or PTX on the emulator. Tiles of a compiled kernel
+are larger than the interpreter's, so there ``case._replace(head_dim=..., size=...)`` makes it straddle them.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def run_life(backend: str, device: torch.device, dtype: torch.dtype, life: Life,
     """Attends while N < S, when N = S, in warm-up, at exactly full, at the first eviction and after the last chunk."""
     streams = oracle.Streams(
         backend, device, dtype, rope_of(life.head_dim, life.pairing, life.size), num_layers=life.layers,
-        batch_size=life.batch, num_kv_heads=life.kv_heads, head_dim=life.head_dim, frame_tokens=life.size[0] * life.size[1],
-        sink_frames=life.sinks, window_frames=life.window, alpha=life.alpha, sink_positions=life.positions,
+        batch_size=life.batch, num_kv_heads=life.kv_heads, head_dim=life.head_dim,
+        frame_tokens=life.size[0] * life.size[1], sink_frames=life.sinks, window_frames=life.window, alpha=life.alpha, sink_positions=life.positions,
         sink_dtype=sink_dtype,
     )  # fmt: skip
     capacity = life.sinks + life.window
