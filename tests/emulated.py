@@ -1,7 +1,7 @@
 """The Triton backend on CPU tensors by what its compiler makes: each launch's PTX, executed by the emulator.
 
-The backend's own launch code runs unchanged, so tile choice, argument specialisation and grid are those of a GPU of that
-architecture. Outputs are poisoned, and every byte of them must be written.
+The backend's own launch code runs unchanged, so tile choice, argument specialisation and grid are those of a GPU of
+that architecture. Outputs are poisoned, and every byte of them must be written.
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ def run_life(backend: str, device: torch.device, dtype: torch.dtype, life: Life,
     streams = oracle.Streams(
         backend, device, dtype, rope_of(life.head_dim, life.pairing, life.size), num_layers=life.layers,
         batch_size=life.batch, num_kv_heads=life.kv_heads, head_dim=life.head_dim,
-        frame_tokens=life.size[0] * life.size[1], sink_frames=life.sinks, window_frames=life.window, alpha=life.alpha, sink_positions=life.positions,
-        sink_dtype=sink_dtype,
+        frame_tokens=life.size[0] * life.size[1], sink_frames=life.sinks, window_frames=life.window, alpha=life.alpha,
+        sink_positions=life.positions, sink_dtype=sink_dtype,
     )  # fmt: skip
     capacity = life.sinks + life.window
     for first in range(1, life.batch):  # streams 1, 2, ... start before the others

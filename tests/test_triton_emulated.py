@@ -1,4 +1,4 @@
-"""Triton's kernels as compiled for sm_80 and sm_90, executed by the PTX emulator with its checkers, on the common grid."""
+"""Triton's kernels as compiled for sm_80 and sm_90, executed by the PTX emulator with its checkers."""
 
 from __future__ import annotations
 
