@@ -30,8 +30,8 @@ def _sweep(
     """Keys [start, stop) of one range, in tiles: online softmax in base 2.
 
     MASKED: nothing is seen or loaded from ``limit`` on, and with ROW_BOUNDS a row sees [low, high) only. Otherwise
-    every row sees every key and the loop holds no mask (but for the padding of a head). ``total [rows, 8]`` adds keys up
-    by their number modulo 8, which one thread holds: the sum across threads is left for the end.
+    every row sees every key and the loop holds no mask (but for the padding of a head). ``total [rows, 8]`` adds keys
+    up by their number modulo 8, which one thread holds: the sum across threads is left for the end.
     """
     within = tl.arange(0, BLOCK_N)
     # A moving scalar base and fixed 32-bit offsets: pointers to every row would take twice the registers. Unsigned:
