@@ -198,7 +198,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--check", action="store_true", help="compare with the checked-in baseline")
-    parser.add_argument("--write", action="store_true", help="write the baseline")
+    parser.add_argument("--write", action="store_true", help="write these rows into the baseline")
     parser.add_argument("--survey", action="store_true", help="spills at every dtype and head size (an hour)")
     arguments = parser.parse_args()
     if arguments.survey:
@@ -209,9 +209,10 @@ def main() -> int:
         print(toolchain(arch), "bfloat16, head_dim 128")
         show(reports[toolchain(arch)])
     if arguments.write:
+        kept = json.loads(BASELINE.read_text()) | reports  # other toolchains' and architectures' rows stay
         lines = (
             f" {json.dumps(key)}: [\n" + ",\n".join("  " + json.dumps(r) for r in rows) + "\n ]"
-            for key, rows in reports.items()
+            for key, rows in kept.items()
         )
         BASELINE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     if arguments.check:
