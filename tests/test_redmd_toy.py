@@ -20,7 +20,7 @@ def posterior_mean(noisy, sigma, means, spreads):
 def loss_of(x, means, spreads, beta):
     """Of generated samples [B, 1], the second half of which mirrors the first; their own mixture is the fake score.
 
-    The reward is 1 at the right mode, -1 at the left one.
+    The reward is x / 2 clamped to -1..1: 1 at the right mode, -1 at the left one.
     """
     half = len(x) // 2
     times = FlowMatchSchedule(1.0).random_timesteps(half)[:, None].repeat(2, 1)
