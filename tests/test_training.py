@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_redmd import formula
-from training_setup import batches, make
+from training_setup import SHARDED, batches, make
 
 import rfkernels as rf
 from rfkernels.training import ReDMDConfig, load_trainer, save_trainer
@@ -151,14 +151,14 @@ def test_two_ranks_are_one_big_batch(tmp_path):
     done = subprocess.run([*command, str(tmp_path)], env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    trainer = make(accumulation=1, normalize_weights=True)
-    for step in range(3):
+    trainer = make(**SHARDED)
+    for step in range(2):
         metrics = trainer.step(batches(step, (4,)))
-    other = make(accumulation=1, normalize_weights=True, checkpointing=True)
+    other = make(checkpointing=True, **SHARDED)
     with pytest.raises(ValueError, match="accumulation"):
         load_trainer(other, tmp_path / "sharded")
-    other = make(accumulation=2, normalize_weights=True, checkpointing=True)
-    assert load_trainer(other, tmp_path / "sharded") == {"seen": 3} and other.step_index == 3
+    other = make(accumulation=2, checkpointing=True, **SHARDED)
+    assert load_trainer(other, tmp_path / "sharded") == {"seen": 2} and other.step_index == 2
     for name in ("student", "critic"):
         for a, b in zip(*(getattr(t, name).parameters() for t in (trainer, other)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
