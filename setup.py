@@ -20,6 +20,13 @@ def site_packages():
     return [Path(folder) for folder in dict.fromkeys(folders) if folder]
 
 
+def torch_cuda(folder):
+    """The CUDA version that the torch in ``folder`` was built with; "" for none."""
+    scope = {}
+    exec((folder / "version.py").read_text(), scope)
+    return scope.get("cuda") or ""
+
+
 def find_torch():
     """(folder, version) of the torch that the package will run with, or None."""
     for folder in site_packages():
@@ -77,7 +84,10 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11,
             "RF_TORCH_DIR": folder,
             "RF_TORCH_VERSION": version,
+            "RF_TORCH_CUDA": torch_cuda(folder),
             "RF_NVCC": find_nvcc() or "",
+            # Entries may be separated by spaces, as torch allows.
+            "RF_CUDA_ARCHITECTURES": ";".join(os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")),
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
         subprocess.check_call(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *defines])
