@@ -1,6 +1,7 @@
 """Builds the compiled part with CMake and ninja where that is possible, and says what is left out where it is not."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,11 @@ def find_nvcc():
     return shutil.which("nvcc") or (str(candidates[0]) if candidates else None)
 
 
+def listed(variable):
+    """An environment variable whose entries are separated by spaces, commas or semicolons, as a list for CMake."""
+    return ";".join(re.split(r"[\s,;]+", os.environ.get(variable, "").strip()))
+
+
 def find_compiler():
     return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++", "cl"))), None)
 
@@ -86,8 +92,8 @@ class CMakeBuild(build_ext):
             "RF_TORCH_VERSION": version,
             "RF_TORCH_CUDA": torch_cuda(folder),
             "RF_NVCC": find_nvcc() or "",
-            # Entries may be separated by spaces, as torch allows.
-            "RF_CUDA_ARCHITECTURES": ";".join(os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")),
+            "RF_CUDA_ARCHITECTURES": listed("TORCH_CUDA_ARCH_LIST"),
+            "RF_CUDA_HEAD_DIMS": listed("RFKERNELS_HEAD_DIMS"),
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
         subprocess.check_call(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *defines])

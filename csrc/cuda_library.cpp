@@ -2,10 +2,9 @@
 // or reads from it, so that a CUDA graph can hold every call.
 #include <tuple>
 
-#include "arguments.h"
 #include "cuda/cache_tiles.h"
+#include "cuda/host.h"
 #include "cuda/redmd_tiles.h"
-#include "cuda/runtime.h"
 
 RF_DECLARE_KERNEL(rf_begin_chunk)
 RF_DECLARE_KERNEL(rf_write)
@@ -17,22 +16,6 @@ RF_DECLARE_KERNEL(rf_redmd_sum)
 namespace rfkernels::cuda {
 namespace {
 
-// The tensors that are there.
-std::vector<Tensor> present(std::initializer_list<OptionalTensor> tensors) {
-  std::vector<Tensor> found;
-  for (const OptionalTensor& x : tensors)
-    if (x) found.push_back(*x);
-  return found;
-}
-
-void check_served(const Tensor& x, int64_t head_dim) {
-  STD_TORCH_CHECK(on_device(x), "the CUDA kernels were given a tensor of another device");
-  STD_TORCH_CHECK(dtype_of(x) != DType::Float64, "the CUDA kernels serve float16, bfloat16 and float32");
-  STD_TORCH_CHECK(head_dim > 0 && head_dim % kColumns == 0 && head_dim <= kMaxHeadDim,
-                  "the CUDA kernels serve a head_dim that is a multiple of ", kColumns, " up to ", kMaxHeadDim,
-                  ", got ", head_dim);
-}
-
 void begin_chunk(Tensor k, Tensor v, OptionalTensor sink_k, OptionalTensor sink_v, Tensor num_frames,
                  int64_t new_frames, OptionalTensor advancing, OptionalTensor decay, OptionalTensor frame_turns,
                  OptionalTensor spatial, bool half_split, int64_t sink_frames, int64_t window_frames,
@@ -42,8 +25,9 @@ void begin_chunk(Tensor k, Tensor v, OptionalTensor sink_k, OptionalTensor sink_
                             half_split, sink_frames, window_frames, frame_tokens, before_window);
   const TensorView& x = args.cache.k;
   check_served(k, x.head_dim);
-  launch(RF_KERNEL(rf_begin_chunk), token_blocks(frame_tokens, x.head_dim) * sink_frames * x.heads * x.batch * x.layers,
-         kThreads, 0, args, present({k, v, sink_k, sink_v, num_frames, advancing, decay, frame_turns, spatial}));
+  launch(RF_KERNEL(rf_begin_chunk),
+         {token_blocks(frame_tokens, x.head_dim) * sink_frames * x.heads * x.batch * x.layers}, kThreads, 0, args,
+         present({k, v, sink_k, sink_v, num_frames, advancing, decay, frame_turns, spatial}));
 }
 
 void write(Tensor k, Tensor v, OptionalTensor sink_k, OptionalTensor sink_v, Tensor num_frames, Tensor new_k,
@@ -54,8 +38,8 @@ void write(Tensor k, Tensor v, OptionalTensor sink_k, OptionalTensor sink_v, Ten
   const TensorView& x = args.new_k;
   check_served(k, x.head_dim);
   launch(RF_KERNEL(rf_write),
-         token_blocks(frame_tokens, x.head_dim) * head_groups(x.heads) * (x.tokens / frame_tokens) * x.batch, kThreads,
-         0, args, present({k, v, sink_k, sink_v, num_frames, new_k, new_v, frame_turns, spatial}));
+         {token_blocks(frame_tokens, x.head_dim) * head_groups(x.heads) * (x.tokens / frame_tokens) * x.batch},
+         kThreads, 0, args, present({k, v, sink_k, sink_v, num_frames, new_k, new_v, frame_turns, spatial}));
 }
 
 Tensor rotate(Tensor x, Tensor frames, int64_t first_token, int64_t frame_tokens, Tensor frame_turns, Tensor spatial,
@@ -65,8 +49,9 @@ Tensor rotate(Tensor x, Tensor frames, int64_t first_token, int64_t frame_tokens
       rotate_arguments(out, x, frames, first_token, frame_tokens, frame_turns, spatial, half_split, inverse);
   check_served(out, args.x.head_dim);
   STD_TORCH_CHECK(args.precision == DType::Float32, "spatial must be float32");
-  launch(RF_KERNEL(rf_rotate), token_blocks(args.x.tokens, args.x.head_dim) * head_groups(args.x.heads) * args.x.batch,
-         kThreads, 0, args, {x, frames, frame_turns, spatial}, {out});
+  launch(RF_KERNEL(rf_rotate),
+         {token_blocks(args.x.tokens, args.x.head_dim) * head_groups(args.x.heads) * args.x.batch}, kThreads, 0, args,
+         {x, frames, frame_turns, spatial}, {out});
   return out;
 }
 
@@ -101,22 +86,17 @@ std::tuple<Tensor, Tensor> redmd_loss(Tensor x, Tensor fake, Tensor real_cond, O
   args.loss.grad = need_grad ? static_cast<char*>(grad.mutable_data_ptr()) : nullptr;
   args.loss.loss = loss.mutable_data_ptr();
   args.aligned = aligned(args);
-  launch(RF_KERNEL(rf_redmd_norm), batch * args.parts, kLossThreads, 0, args,
+  launch(RF_KERNEL(rf_redmd_norm), {batch * args.parts}, kLossThreads, 0, args,
          present({x, real_cond, real_uncond, mask}), {norms, counts});
   std::vector<Tensor> results{squares};
   if (need_grad) results.push_back(grad);
-  launch(RF_KERNEL(rf_redmd_grad), batch * args.parts, kLossThreads, 0, args,
+  launch(RF_KERNEL(rf_redmd_grad), {batch * args.parts}, kLossThreads, 0, args,
          present({fake, real_cond, real_uncond, fake_uncond, weight, mask, norms, counts}), results);
-  launch(RF_KERNEL(rf_redmd_sum), 1, kLossThreads, 0, args, {squares}, {loss});
+  launch(RF_KERNEL(rf_redmd_sum), {1}, kLossThreads, 0, args, {squares}, {loss});
   return {loss, grad};
 }
 
 }  // namespace
-
-#ifndef RF_NAMESPACE
-#define RF_NAMESPACE rfkernels_native
-#define RF_DISPATCH_KEY CUDA
-#endif
 
 STABLE_TORCH_LIBRARY_IMPL(RF_NAMESPACE, RF_DISPATCH_KEY, m) {
   m.impl("begin_chunk", TORCH_BOX(&begin_chunk));

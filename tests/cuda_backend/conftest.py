@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rfkernels import backends
+from rfkernels import backends, native
 from rfkernels.backends import cuda
 
 
@@ -22,6 +22,7 @@ def emulated(device, monkeypatch):
     if reason := emulated.unavailable():
         pytest.skip(reason)
     monkeypatch.setattr(cuda, "_ops", emulated.load())
+    monkeypatch.setattr(native, "cuda_head_dims", (64, 80, 96, 128, 256))
     row = backends._TABLE["cuda"]
     monkeypatch.setitem(backends._TABLE, "cuda", replace(row, why_not=lambda device: None))
     emulated.launches.clear()

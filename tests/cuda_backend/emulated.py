@@ -1,21 +1,23 @@
 """The CUDA backend on CPU tensors: the host code as it is, its launches executed by the PTX emulator.
 
-``csrc/cuda_library.cpp`` is compiled with ``runtime.cpp`` of this folder in place of the CUDA runtime and registers the
+``csrc/cuda_*.cpp`` are compiled with ``runtime.cpp`` of this folder in place of the CUDA runtime and register the
 schemas of `rfkernels.ops` once more, as ``torch.ops.rfkernels_emulated``. A launch arrives in `_launch` with the name of
 the kernel, its argument as bytes and the tensors that it points to, and runs the PTX that nvcc makes of the same
-``csrc/cuda/*.cu``. Builds are kept under build/ by the content of what they are made of.
+``csrc/cuda/**/*.cu``. Builds are kept under build/ by the content of what they are made of.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 import torch
+from cuda.conftest import cuda_ptx
 from ptx import compile as ptx_compile
 from ptx import emulator
 
@@ -55,32 +57,27 @@ def _run(command: list) -> None:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[:4000]}")
 
 
-def _sources() -> list[Path]:
-    headers = [*CSRC.glob("*.h"), *(CSRC / "cuda").glob("*.h"), *(CSRC / "cuda").glob("*.cuh")]
-    return headers
+@cache
+def _module(kernel: str) -> emulator.Module:
+    """The module that holds a kernel: compiled at its first launch, kept under build/ until a source changes."""
+    (source,) = [
+        path for path in (CSRC / "cuda").rglob("*.cu") if re.search(rf"\b{kernel}\b", path.read_text(encoding="utf-8"))
+    ]
+    return _modules(str(source.relative_to(CSRC / "cuda").with_suffix("")))
 
 
 @cache
-def _entries() -> dict[str, emulator.Module]:
-    """The module of every kernel, by the kernel's name."""
-    found = {}
-    for source in sorted((CSRC / "cuda").glob("*.cu")):
-        kept = BUILD / f"{source.stem}-{_digest([source, *_sources()], ptx_compile.find_nvcc())}.ptx"
-        if not kept.exists():
-            BUILD.mkdir(parents=True, exist_ok=True)
-            kept.write_text(ptx_compile.nvcc_ptx(str(source), "sm_80"))
-        module = emulator.Module(kept.read_text())
-        found |= {name: module for name in module.entries}
-    return found
+def _modules(name: str) -> emulator.Module:
+    return emulator.Module(cuda_ptx(name))
 
 
 def _library() -> Path:
     """The host code, compiled with the emulated runtime."""
-    sources = [CSRC / "cuda_library.cpp", HERE / "runtime.cpp"]
+    sources = [*CSRC.glob("cuda_*.cpp"), HERE / "runtime.cpp"]
     torch_folder = Path(torch.__file__).parent
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
     flags += [f"-DRF_NAMESPACE={NAMESPACE}", "-DRF_DISPATCH_KEY=CPU", "-DRF_KERNELS_BY_NAME"]
-    library = BUILD / f"host-{_digest([*sources, *_sources()], torch.__version__, *flags)}.so"
+    library = BUILD / f"host-{_digest([*sources, *CSRC.rglob('*.h')], torch.__version__, *flags)}.so"
     if not library.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         fresh = library.with_suffix(f".{os.getpid()}")
@@ -99,7 +96,7 @@ def load():
     for name, schema in ops._NATIVE_SCHEMAS.items():
         library.define(name + schema)
     library.define(
-        "launch(str kernel, int blocks, int threads, int shared_bytes, Tensor params, Tensor[] tensors, "
+        "launch(str kernel, int[] grid, int threads, int shared_bytes, Tensor params, Tensor[] tensors, "
         "Tensor[] results) -> ()"
     )
     library.impl("launch", _launch, "CompositeExplicitAutograd")
@@ -108,12 +105,12 @@ def load():
     return getattr(torch.ops, NAMESPACE)
 
 
-def _launch(kernel, blocks, threads, shared_bytes, params, tensors, results) -> None:
+def _launch(kernel, grid, threads, shared_bytes, params, tensors, results) -> None:
     global failure
     try:
         fresh = {f"result {i}": x for i, x in enumerate(results)}
-        result = _entries()[kernel].launch(
-            kernel, (blocks,), (threads,), [bytes(params.numpy())], shared_bytes, seed=len(launches),
+        result = _module(kernel).launch(
+            kernel, tuple(grid), (threads,), [bytes(params.numpy())], shared_bytes, seed=len(launches),
             tensors={f"tensor {i}": x for i, x in enumerate(tensors)} | fresh, poison=list(fresh),
         )  # fmt: skip
         unwritten = {name: count for name, count in result.unwritten.items() if count}
