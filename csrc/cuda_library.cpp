@@ -77,11 +77,11 @@ std::tuple<Tensor, Tensor> redmd_loss(Tensor x, Tensor fake, Tensor real_cond, O
   Tensor loss = torch::stable::new_empty(weight, {});
   args.span = divide_up(divide_up(elements, kMaxParts), kLossTile) * kLossTile;
   args.parts = divide_up(elements, args.span);
-  Tensor norms = torch::stable::new_empty(weight, {batch, args.parts});
-  Tensor squares = torch::stable::new_empty(weight, {batch, args.parts});
+  Tensor norms = torch::stable::new_empty(weight, {batch, args.parts}, ScalarType::Double);
+  Tensor squares = torch::stable::new_empty(weight, {batch, args.parts}, ScalarType::Double);
   Tensor counts = torch::stable::new_empty(weight, {batch, args.parts}, ScalarType::Int);
-  args.norms = norms.mutable_data_ptr<float>();
-  args.squares = squares.mutable_data_ptr<float>();
+  args.norms = norms.mutable_data_ptr<double>();
+  args.squares = squares.mutable_data_ptr<double>();
   args.counts = counts.mutable_data_ptr<int32_t>();
   args.loss.grad = need_grad ? static_cast<char*>(grad.mutable_data_ptr()) : nullptr;
   args.loss.loss = loss.mutable_data_ptr();

@@ -1,5 +1,5 @@
-// The Re-DMD loss in two passes over memory: each sample's normaliser, then the gradient and its square. Sums are
-// float32 in a fixed order, so that results repeat.
+// The Re-DMD loss in two passes over memory: each sample's normaliser, then the gradient and its square. A thread
+// sums in float, threads and blocks are joined in double, in a fixed order: results repeat.
 #include "numbers.cuh"
 #include "redmd_tiles.h"
 
@@ -76,7 +76,7 @@ __device__ __forceinline__ uint64_t mask_bytes(const ReDMD& a, const Tile& tile)
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kLossThreads) rf_redmd_norm(const __grid_constant__ ReDMD a) {
-  __shared__ float sums[kLossThreads / 32];
+  __shared__ double sums[kLossThreads / 32];
   __shared__ int32_t counts[kLossThreads / 32];
   float total = 0.0f;
   int32_t count = 0;
@@ -88,24 +88,25 @@ extern "C" __global__ void __launch_bounds__(kLossThreads) rf_redmd_norm(const _
     for (int i = 0; i < kVector; ++i) total += i < tile.count ? fabsf(x[i] - real[i]) : 0.0f;
     if (a.loss.mask != nullptr) count += __popcll(mask_bytes(a, tile));
   });
-  total = block_sum(total, sums);
+  const double all = block_sum(double(total), sums);
   count = block_sum(count, counts);
-  if (threadIdx.x == 0) a.norms[blockIdx.x] = total, a.counts[blockIdx.x] = count;
+  if (threadIdx.x == 0) a.norms[blockIdx.x] = all, a.counts[blockIdx.x] = count;
 }
 
 extern "C" __global__ void __launch_bounds__(kLossThreads) rf_redmd_grad(const __grid_constant__ ReDMD a) {
-  __shared__ float sums[kLossThreads / 32];
+  __shared__ double sums[kLossThreads / 32];
   __shared__ int64_t counts[kLossThreads / 32];
   const int64_t sample = blockIdx.x / a.parts;
-  const float norm =
-      block_sum(threadIdx.x < a.parts ? a.norms[sample * a.parts + threadIdx.x] : 0.0f, sums) / float(a.loss.elements);
+  const double distance = block_sum(threadIdx.x < a.parts ? a.norms[sample * a.parts + threadIdx.x] : 0.0, sums);
+  const float norm = float(distance / double(a.loss.elements));
   int64_t selected = a.loss.batch * a.loss.elements;
   if (a.loss.mask != nullptr) {
     int64_t count = 0;
     for (int64_t i = threadIdx.x; i < a.loss.batch * a.parts; i += kLossThreads) count += a.counts[i];
     selected = block_sum(count, counts);
   }
-  const float weight = static_cast<const float*>(a.loss.weight)[sample] / float(max(selected, int64_t(1)));
+  const double share = double(static_cast<const float*>(a.loss.weight)[sample]) / double(max(selected, int64_t(1)));
+  const float weight = float(share);
   float total = 0.0f;
   for_vectors(a, [&](const Tile& tile) {
     float real[kVector], grad[kVector];
@@ -138,17 +139,17 @@ extern "C" __global__ void __launch_bounds__(kLossThreads) rf_redmd_grad(const _
       }
     }
   });
-  total = block_sum(total, sums);
-  if (threadIdx.x == 0) a.squares[blockIdx.x] = weight * total;
+  const double all = block_sum(double(total), sums);
+  if (threadIdx.x == 0) a.squares[blockIdx.x] = share * all;
 }
 
 // One block: half the sum of all shares.
 extern "C" __global__ void __launch_bounds__(kLossThreads) rf_redmd_sum(const __grid_constant__ ReDMD a) {
-  __shared__ float sums[kLossThreads / 32];
-  float total = 0.0f;
+  __shared__ double sums[kLossThreads / 32];
+  double total = 0.0;
   for (int64_t i = threadIdx.x; i < a.loss.batch * a.parts; i += kLossThreads) total += a.squares[i];
   total = block_sum(total, sums);
-  if (threadIdx.x == 0) *static_cast<float*>(a.loss.loss) = 0.5f * total;
+  if (threadIdx.x == 0) *static_cast<float*>(a.loss.loss) = float(0.5 * total);
 }
 
 }  // namespace rfkernels::cuda

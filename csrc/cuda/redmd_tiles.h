@@ -12,8 +12,8 @@ struct ReDMD {
   ReDMDLoss loss;
   bool aligned;         // every vector of 8 elements begins at a multiple of 16 bytes (the mask's: 8)
   int64_t parts, span;  // blocks of a sample, elements of a block
-  float* norms;         // [batch, parts] sums of |x - real|
-  float* squares;       // [batch, parts] weighted sums of grad**2
+  double* norms;        // [batch, parts] sums of |x - real|
+  double* squares;      // [batch, parts] weighted sums of grad**2
   int32_t* counts;      // [batch, parts] elements inside the mask
 };
 
