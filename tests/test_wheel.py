@@ -38,7 +38,8 @@ def fake_nvcc(folder: Path, release: str) -> str:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     nvcc = folder / "nvcc"
-    nvcc.write_text(f'#!/bin/sh\necho "Cuda compilation tools, release {release}, V{release}.1"\necho "#$ TOP={folder}" >&2\n')
+    release = f'echo "Cuda compilation tools, release {release}, V{release}.1"'
+    nvcc.write_text(f'#!/bin/sh\n{release}\necho "#$ TOP={folder}" >&2\n')
     nvcc.chmod(0o755)
     return str(nvcc)
 

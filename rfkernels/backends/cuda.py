@@ -66,9 +66,7 @@ def begin_chunk(
     geometry: CacheGeometry,
     before_window: bool,
 ) -> None:
-    _ops.begin_chunk(
-        *cache, num_frames, new_frames, advancing, decay, *(rope or NO_ROPE), *geometry, before_window
-    )
+    _ops.begin_chunk(*cache, num_frames, new_frames, advancing, decay, *(rope or NO_ROPE), *geometry, before_window)
 
 
 def write(
@@ -150,10 +148,14 @@ def redmd_loss(
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """x, with rows that begin at multiples of 16 bytes: the attention kernels copy 16 bytes at a time."""
     item = x.element_size()
-    whole = all(size <= 1 or stride * item % 16 == 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+    whole = all(
+        size <= 1 or stride * item % 16 == 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    )
     x = x if x.dtype != torch.float64 else x.float()
-    return x if x.stride(-1) == 1 and whole and x.storage_offset() * item % 16 == 0 else x.clone(
-        memory_format=torch.contiguous_format
+    return (
+        x
+        if x.stride(-1) == 1 and whole and x.storage_offset() * item % 16 == 0
+        else x.clone(memory_format=torch.contiguous_format)
     )
 
 

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from rfkernels import backends, native
 from rfkernels.backends import cuda

@@ -61,8 +61,8 @@ def test_redmd_loss(device, dtype, case):
 
 def test_it_refuses_what_it_has_no_kernels_for(device):
     x = torch.randn(1, 8, 1, 64, device=device)
-    with rf.use_backend("cuda"), pytest.raises(ValueError, match="float16 and bfloat16.*got torch.float32"):
+    with rf.use_backend("cuda"), pytest.raises(ValueError, match=r"float16 and bfloat16.*got torch.float32"):
         rf.sink_window_attention(x, x, x, sink_tokens=1, window_tokens=2)
     x = torch.randn(1, 8, 1, 48, device=device, dtype=torch.bfloat16)
-    with rf.use_backend("cuda"), pytest.raises(ValueError, match="head_dim .*64.*got 48"):
+    with rf.use_backend("cuda"), pytest.raises(ValueError, match=r"head_dim .*64.*got 48"):
         rf.sink_window_attention(x, x, x, sink_tokens=1, window_tokens=2)
