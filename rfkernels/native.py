@@ -47,11 +47,11 @@ def _cuda() -> tuple[str | None, str, tuple[int, ...]]:
 
 
 cuda_missing, cuda_architectures, cuda_head_dims = _cuda()
-"""Why the CUDA kernels are missing, or None; and what they were built for, e.g. ``"8.0, 9.0+PTX"`` and ``(64, 128)``."""
+"""Why the CUDA kernels are missing, or None; what they were built for, e.g. ``"8.0, 9.0+PTX"`` and ``(64, 128)``."""
 
 
 def cuda_runs_on(capability: tuple[int, int]) -> bool:
-    """Whether a GPU can run one of ``cuda_architectures``: machine code within a major version, or PTX from older ones."""
+    """Whether a GPU can run one of ``cuda_architectures``: machine code of its major version, or older PTX."""
     for name in filter(None, cuda_architectures.split(", ")):
         number, ptx = name.removesuffix("+PTX"), name.endswith("+PTX")
         if number[-1].isalpha():  # 9.0a: that architecture only, and never every kernel

@@ -31,7 +31,8 @@ def why_not(device: torch.device) -> str | None:
     if capability < (8, 0):
         return "needs compute capability 8.0 (A100, RTX 30) or later"
     if not native.cuda_runs_on(capability):
-        return f"built for {native.cuda_architectures}, which a GPU of capability {capability[0]}.{capability[1]} cannot run"
+        number = f"{capability[0]}.{capability[1]}"
+        return f"built for {native.cuda_architectures}, which a GPU of capability {number} cannot run"
     return None
 
 

@@ -1,8 +1,8 @@
 """The CUDA backend on CPU tensors: the host code as it is, its launches executed by the PTX emulator.
 
 ``csrc/cuda_*.cpp`` are compiled with ``runtime.cpp`` of this folder in place of the CUDA runtime and register the
-schemas of `rfkernels.ops` once more, as ``torch.ops.rfkernels_emulated``. A launch arrives in `_launch` with the name of
-the kernel, its argument as bytes and the tensors that it points to, and runs the PTX that nvcc makes of the same
+schemas of `rfkernels.ops` once more, as ``torch.ops.rfkernels_emulated``. A launch arrives in `_launch` with the
+kernel's name, its argument as bytes and the tensors that it points to, and runs the PTX that nvcc makes of the same
 ``csrc/cuda/**/*.cu``. Builds are kept under build/ by the content of what they are made of.
 """
 
