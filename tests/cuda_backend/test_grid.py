@@ -26,7 +26,7 @@ def spread(cases: list, every: int) -> list:
 LARGE = [grid.Life(2, 3, 2, head_dim=head_dim, group=2, size=(3, 5)) for head_dim in (96, 256)]
 
 
-@pytest.mark.parametrize(("dtype", "life"), spread(grid.LIVES, 4))
+@pytest.mark.parametrize(("dtype", "life"), spread(grid.LIVES, 8))
 def test_a_stream(device, dtype, life):
     grid.run_life("cuda", device, dtype, life)
 
@@ -43,12 +43,12 @@ def test_published_arithmetic_in_half_precision(device, dtype):
     assert torch.equal(streams.ours.v, streams.plain.v), "values are averaged bit for bit as published"
 
 
-@pytest.mark.parametrize(("dtype", "case"), spread(grid.CHUNKS, 4))
+@pytest.mark.parametrize(("dtype", "case"), spread(grid.CHUNKS, 8))
 def test_chunk_attention(device, dtype, case):
     grid.run_chunk("cuda", device, dtype, case)
 
 
-@pytest.mark.parametrize(("dtype", "case"), spread(grid.WINDOWS, 6))
+@pytest.mark.parametrize(("dtype", "case"), spread(grid.WINDOWS, 12))
 def test_sink_window_attention(device, dtype, case):
     grid.run_window("cuda", device, dtype, case)
 
