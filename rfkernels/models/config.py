@@ -76,6 +76,6 @@ PRESETS = {
     # Pixels of 32 x 32 RGB pictures in patches of 8: 16 tokens a frame. The one that ships trained.
     "tiny": CausalWanConfig(
         dim=192, ffn_dim=512, num_heads=4, num_layers=6, in_channels=3, out_channels=3, patch_size=(1, 8, 8),
-        text_dim=64, text_len=2, freq_dim=64,
+        text_dim=16, text_len=2, freq_dim=64,
     ),
 }  # fmt: skip
