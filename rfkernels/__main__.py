@@ -13,6 +13,7 @@ import torch
 
 import rfkernels as rf
 from rfkernels import demo, generate, native
+from rfkernels.tiny import command as train
 
 
 def _nvcc() -> str:
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("info", help="versions, backends, and why what is missing is missing").set_defaults(run=info)
     demo.add_arguments(commands.add_parser("demo", help="stream real pictures through three kinds of sink"))
     generate.add_arguments(commands.add_parser("generate", help="text to a video file, from a folder of weights"))
+    train.add_arguments(commands.add_parser("train", help="train the small model that the demo streams"))
     args = parser.parse_args(argv)
     return args.run(args)
 

@@ -123,8 +123,18 @@ def clip(
     return render(condition.photo, cameras), speed
 
 
-def batch(size: int, frames: int, seed: int, number: int) -> tuple[torch.Tensor, list[Condition]]:
-    """Clips ``[size, frames, 3, SIZE, SIZE]`` of random conditions; the same for the same (seed, number)."""
-    rng = np.random.default_rng((seed, number))
-    conditions = [Condition(int(rng.integers(len(PHOTOS))), int(rng.integers(len(MOTIONS)))) for _ in range(size)]
+def _random_condition(rng: np.random.Generator) -> Condition:
+    return Condition(int(rng.integers(len(PHOTOS))), int(rng.integers(len(MOTIONS))))
+
+
+def random_conditions(size: int, *key: int) -> list[Condition]:
+    """Uniform ones; the same for the same key."""
+    rng = np.random.default_rng(key)
+    return [_random_condition(rng) for _ in range(size)]
+
+
+def batch(size: int, frames: int, *key: int) -> tuple[torch.Tensor, list[Condition]]:
+    """Clips ``[size, frames, 3, SIZE, SIZE]`` of random conditions; the same for the same key."""
+    rng = np.random.default_rng(key)
+    conditions = [_random_condition(rng) for _ in range(size)]
     return torch.stack([clip(condition, frames, rng)[0] for condition in conditions]), conditions
