@@ -1,4 +1,4 @@
-"""Clips for the small model: a camera moves over a photograph that comes with scikit-image, 32 x 32 RGB.
+"""Clips for the small model: a camera moves over a photograph that comes with scikit-image, 16 x 16 RGB.
 
 Every clip is a function of (seed, number). The photograph is mirrored at its edges for ever, so that a camera may move
 on for ever too.
@@ -19,10 +19,10 @@ from .. import checks
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "stereo_motorcycle", "immunohistochemistry")
 MOTIONS = ("still", "pan left", "pan right", "pan up", "zoom", "turn")  # of the camera
-SIZE = 32  # pixels
-SPEEDS = (0.3, 3.0)  # pixels a frame, log-uniform
+SIZE = 16  # pixels
+SPEEDS = (0.2, 1.6)  # pixels a frame, log-uniform
 CONTEXT_DIM = 16
-_WORLD = 128  # pixels of a photograph's shorter side; a camera sees half of it, at twice the resolution of a frame
+_WORLD = 64  # pixels of a photograph's shorter side; a camera sees half of it, at twice the resolution of a frame
 _VIEW, _SWING = 0.5, 0.35  # part of the photograph that is seen; amplitude of its logarithm in a zoom
 _RADIUS = SIZE / 2 * 0.75  # pixels from the centre at which a turn or a zoom moves at the given speed
 

@@ -56,9 +56,9 @@ def reward(frames: torch.Tensor, conditions: Sequence[clips.Condition]) -> torch
 
 
 def displacement(frames: torch.Tensor) -> torch.Tensor:
-    """``[B, F - 1]``: pixels by which the quarters of each picture move, by phase correlation (the median of the quarters).
+    """``[B, F - 1]``: pixels by which the quarters of each picture move, by phase correlation.
 
-    Quarters, because a turn and a zoom move the parts of a picture apart, and not the whole.
+    The median of the quarters, because a turn and a zoom move the parts of a picture apart, and not the whole.
     """
     from skimage.registration import phase_cross_correlation
 

@@ -33,17 +33,13 @@ def new_model(preset: TrainPreset, weights: Path | None = None) -> CausalWan:
     return model
 
 
-def rate(
-    step: int, steps: int, highest: float, warmup: int = 50, horizon: int | None = None, cooldown: int = 0
-) -> float:
-    """Linear warm-up, then a cosine down to a fiftieth at ``horizon`` (default: the end), and over the last ``cooldown``
-    steps a linear fall to 0."""
-    warmup, horizon = min(warmup, max(1, steps // 10)), horizon or steps
+def rate(step: int, steps: int, highest: float, warmup: int = 50) -> float:
+    """Linear warm-up, then a cosine down to a fiftieth."""
+    warmup = min(warmup, max(1, steps // 10))
     if step < warmup:
         return highest * (step + 1) / warmup
-    done = (step - warmup) / max(1, horizon - warmup)
-    falling = min(1.0, (steps - step) / cooldown) if cooldown else 1.0
-    return highest * falling * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    done = (step - warmup) / max(1, steps - warmup)
+    return highest * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def optimiser(model: CausalWan, betas: tuple[float, float] = (0.9, 0.99), eps: float = 1e-8) -> torch.optim.AdamW:
@@ -77,11 +73,7 @@ def teacher(preset: TrainPreset, folder: Path, **options) -> float | None:
         noise = torch.randn(clean.shape, generator=generator)
         flow = model(FlowMatchSchedule.add_noise(clean, noise, timesteps), timesteps, context)
         loss = (flow - (noise - clean)).square().mean()
-        lr = rate(
-            number, preset.teacher_steps, preset.teacher_rate, horizon=preset.teacher_horizon,
-            cooldown=preset.teacher_cooldown,
-        )  # fmt: skip
-        norm = descend(model, optimise, loss, lr)
+        norm = descend(model, optimise, loss, rate(number, preset.teacher_steps, preset.teacher_rate))
         return {"loss": loss.item(), "gradient_norm": norm}
 
     seconds = train(folder / "teacher", preset.teacher_steps, step, (model, optimise), preset.save_every, **options)

@@ -27,13 +27,11 @@ class TrainPreset:
     guidance: float = 1.0
     dropped: float = 0.1
     seed: int = 0
-    save_every: int = 50
+    save_every: int = 100
 
-    teacher_steps: int = 950
-    teacher_horizon: int | None = 1700  # of the cosine of its rate; the last steps fall to 0
-    teacher_cooldown: int = 400
+    teacher_steps: int = 2000
     teacher_batch: int = 8
-    teacher_rate: float = 1.5e-3
+    teacher_rate: float = 2e-3
 
     trajectories: int = 256
     trajectory_batch: int = 16
@@ -62,7 +60,7 @@ PRESETS = {
     "tiny": TrainPreset(),
     # Every phase in a few seconds: shows that the pipeline runs, not that it learns.
     "seconds": TrainPreset(
-        changes=_SMALLEST, save_every=2, teacher_steps=4, teacher_horizon=None, teacher_cooldown=0, teacher_batch=2, trajectories=4, trajectory_batch=2,
+        changes=_SMALLEST, save_every=2, teacher_steps=4, teacher_batch=2, trajectories=4, trajectory_batch=2,
         trajectory_steps=4, ode_steps=3, ode_batch=2, student_steps=3, student_batch=2, critic_steps=1,
         evaluation_streams=2, evaluation_seconds=(3, 4),
     ),
