@@ -56,19 +56,20 @@ def reward(frames: torch.Tensor, conditions: Sequence[clips.Condition]) -> torch
 
 
 def displacement(frames: torch.Tensor) -> torch.Tensor:
-    """``[B, F - 1]``: pixels by which the quarters of each picture move, by phase correlation.
+    """``[B, F - 1]``: pixels by which a picture moves, registered by phase correlation.
 
-    The median of the quarters, because a turn and a zoom move the parts of a picture apart, and not the whole.
+    The median of its four corners (three quarters of the width), because a turn and a zoom move parts apart. Pictures
+    that are mostly noise register at random: read it together with `sharpness` and `fidelity`.
     """
     from skimage.registration import phase_cross_correlation
 
-    half = frames.shape[-1] // 2
-    window = torch.hann_window(half, periodic=False)
-    quarters = grey(frames.float()).unfold(2, half, half).unfold(3, half, half).flatten(2, 3)
-    quarters = ((quarters - quarters.mean((-1, -2), keepdim=True)) * window * window[:, None]).numpy()
-    moved = np.zeros((*frames.shape[:1], frames.shape[1] - 1, 4))
+    side, step = frames.shape[-1] * 3 // 4, frames.shape[-1] // 4
+    window = torch.hann_window(side, periodic=False)
+    corners = grey(frames.float()).unfold(2, side, step).unfold(3, side, step).flatten(2, 3)
+    corners = ((corners - corners.mean((-1, -2), keepdim=True)) * window * window[:, None]).numpy()
+    moved = np.zeros((*frames.shape[:1], frames.shape[1] - 1, corners.shape[2]))
     for b, f, i in np.ndindex(moved.shape):
-        shift, *_ = phase_cross_correlation(quarters[b, f, i], quarters[b, f + 1, i], upsample_factor=10)
+        shift, *_ = phase_cross_correlation(corners[b, f, i], corners[b, f + 1, i], upsample_factor=10)
         moved[b, f, i] = np.hypot(*shift)
     return torch.from_numpy(np.median(moved, -1))
 
