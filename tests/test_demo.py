@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-for package in ("skimage", "matplotlib", "tqdm"):
-    pytest.importorskip(package, reason=f"the demo needs {package}: pip install rfkernels[demo]")
+pytest.importorskip("skimage", reason="the demo needs scikit-image: pip install rfkernels[demo]")
+pytest.importorskip("matplotlib", reason="the demo needs matplotlib: pip install rfkernels[demo]")
+pytest.importorskip("tqdm", reason="the demo needs tqdm: pip install rfkernels[demo]")
 
 from PIL import Image
 

@@ -47,7 +47,7 @@ def test_context_tells_conditions_apart():
 
 
 def test_unknown_conditions_are_named():
-    with pytest.raises(ValueError, match="photo must be one of .*astronaut.*got 'dog'"):
+    with pytest.raises(ValueError, match=r"photo must be one of .*astronaut.*got 'dog'"):
         clips.Condition.named("dog", "still")
     with pytest.raises(ValueError, match="motion must be one of"):
         clips.Condition.named("coffee", "jump")
