@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..models import from_pretrained, save_checkpoint
-from . import distil, evaluate, phases
+from . import evaluate, phases
 from .loop import Log, commit
 from .presets import PRESETS, TrainPreset, preset
 
@@ -30,8 +30,8 @@ PHASES: dict[str, Callable[[TrainPreset, Path], float | None]] = {
     "teacher": phases.teacher,
     "trajectories": phases.trajectories,
     "ode": phases.ode,
-    "dmd": lambda preset, folder: distil.student(preset, folder, "dmd", 0.0),
-    "redmd": lambda preset, folder: distil.student(preset, folder, "redmd", preset.beta),
+    "dmd": lambda preset, folder: phases.student(preset, folder, "dmd", 0.0),
+    "redmd": lambda preset, folder: phases.student(preset, folder, "redmd", preset.beta),
     "evaluate": evaluate.evaluate,
     "export": _export,
 }
@@ -84,13 +84,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 class RunState:
-    """``run.json``: the preset, and for every finished phase its command, commit, seconds and machine."""
+    """``run.json``: of every finished phase the preset's values, the command, the commit it started from, the seconds."""
 
     def __init__(self, folder: Path, name: str, chosen: TrainPreset):
-        self.path, self.preset = folder / "run.json", {"name": name, **json.loads(json.dumps(asdict(chosen)))}
+        self.path, self.name, self.chosen = folder / "run.json", name, chosen
         held = self._read()
-        if held and held["preset"] != self.preset:
-            raise ValueError(f"{folder} holds a run of another preset, {held['preset']['name']!r}, or of other values")
+        if held and held["preset"] != name:
+            raise ValueError(f"{folder} holds a run of another preset, {held['preset']!r}")
         folder.mkdir(parents=True, exist_ok=True)
 
     def _read(self) -> dict:
@@ -112,7 +112,8 @@ class RunState:
         lines = Log(self.path.parent / phase / "log.jsonl").read()
         if lines:
             entry["last"] = {key: round(value, 6) for key, value in lines[-1].items()}
-        held = self._read() or {"preset": self.preset, "phases": {}}
+        entry["values"] = asdict(self.chosen)
+        held = self._read() or {"preset": self.name, "phases": {}}
         held["phases"][phase] = entry
         self.path.write_text(json.dumps(held, indent=1) + "\n")
 

@@ -6,18 +6,12 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-
-def draws(*key: int) -> torch.Generator:
-    """A generator whose numbers depend on ``key`` alone."""
-    import numpy as np
-
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(seed))
+from ..training import ReDMDTrainer, load_trainer, save_trainer
 
 
 def commit() -> str:
@@ -49,11 +43,42 @@ class Log:
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
 
 
+class State:
+    """What a phase changes, modules and optimisers, as one file."""
+
+    def __init__(self, *parts: torch.nn.Module | torch.optim.Optimizer):
+        self.parts = parts
+
+    def save(self, path: Path, extra: dict) -> None:
+        partial = path.with_suffix(".partial")
+        torch.save({"parts": [part.state_dict() for part in self.parts], "extra": extra}, partial)
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> dict:
+        held = torch.load(path, weights_only=True)
+        for part, values in zip(self.parts, held["parts"], strict=True):
+            part.load_state_dict(values)
+        return held["extra"]
+
+
+class TrainerState:
+    """The same of a `ReDMDTrainer`, as a folder."""
+
+    def __init__(self, trainer: ReDMDTrainer):
+        self.trainer = trainer
+
+    def save(self, path: Path, extra: dict) -> None:
+        save_trainer(self.trainer, path, extra)
+
+    def load(self, path: Path) -> dict:
+        return load_trainer(self.trainer, path)
+
+
 def train(
     folder: Path,
     steps: int,
     step: Callable[[int], dict[str, float]],
-    state: Sequence[torch.nn.Module | torch.optim.Optimizer],
+    state: State | TrainerState,
     save_every: int,
     report: Callable[[str], None] = print,
     stop_after: int | None = None,
@@ -61,40 +86,29 @@ def train(
     """Runs ``step(number)`` for every number below ``steps`` that has not been run yet.
 
     Args:
-        folder: gets ``log.jsonl`` and ``state.pt``, from which a later call goes on.
+        folder: gets ``log.jsonl`` and ``state``, from which a later call goes on.
         step: one step, a function of its number and of ``state`` alone; returns what is logged.
-        state: everything that a step changes.
         stop_after: steps after which this call returns, for tests of resumption.
 
     Returns:
         the seconds that all the steps took, over all calls; None if stopped before the end.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    log, checkpoint = Log(folder / "log.jsonl"), folder / "state.pt"
-    first, before = 0, 0.0
+    log, checkpoint = Log(folder / "log.jsonl"), folder / "state"
+    first, seconds = 0, 0.0
     if checkpoint.exists():
-        held = torch.load(checkpoint, weights_only=True)
-        for part, values in zip(state, held["state"], strict=True):
-            part.load_state_dict(values)
-        first, before = held["step"], held["seconds"]
+        extra = state.load(checkpoint)
+        first, seconds = extra["step"], extra["seconds"]
     log.rewind(first)
-    begin = time.perf_counter()
-
-    def save(number: int) -> float:
-        seconds = before + time.perf_counter() - begin
-        partial = checkpoint.with_suffix(".partial")
-        torch.save({"state": [part.state_dict() for part in state], "step": number, "seconds": seconds}, partial)
-        os.replace(partial, checkpoint)
-        return seconds
-
-    seconds = before
+    begin = time.perf_counter() - seconds
     for number in range(first, steps):
         if stop_after is not None and number - first == stop_after:
             return None
         values = step(number)
-        log.write(step=number, seconds=round(before + time.perf_counter() - begin, 2), **values)
+        seconds = time.perf_counter() - begin
+        log.write(step=number, seconds=round(seconds, 2), **values)
         if (number + 1) % save_every == 0 or number + 1 == steps:
-            seconds = save(number + 1)
+            state.save(checkpoint, {"step": number + 1, "seconds": seconds})
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             report(f"{folder.name}: step {number + 1} of {steps}, {shown}, {seconds:.0f} s")
     return seconds

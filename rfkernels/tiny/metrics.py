@@ -20,6 +20,11 @@ def grey(frames: torch.Tensor) -> torch.Tensor:
     return frames.mean(-3)
 
 
+def decode(latents: torch.Tensor) -> torch.Tensor:
+    """Latents of the small model, which are pixels in -1..1, as frames in 0..1."""
+    return (latents.clamp(-1, 1) + 1) / 2
+
+
 # --- the reward -------------------------------------------------------------------------------------------------------
 
 

@@ -41,11 +41,14 @@ class TrainPreset:
     ode_batch: int = 8
     ode_rate: float = 3e-4
 
-    student_steps: int = 100
+    student_frames: int = 21  # of a rollout, of which the last ``frames`` are scored and have a gradient
+    student_steps: int = 400
     student_batch: int = 4
     student_rate: float = 5e-5
     critic_rate: float = 1e-4
-    critic_steps: int = 3
+    generator_every: int = 4
+    ema_decay: float = 0.95
+    ema_start: int = 100
     beta: float = 2.0
 
     evaluation_streams: int = 10
@@ -61,8 +64,8 @@ PRESETS = {
     # Every phase in a few seconds: shows that the pipeline runs, not that it learns.
     "seconds": TrainPreset(
         changes=_SMALLEST, save_every=2, teacher_steps=4, teacher_batch=2, trajectories=4, trajectory_batch=2,
-        trajectory_steps=4, ode_steps=3, ode_batch=2, student_steps=3, student_batch=2, critic_steps=1,
-        evaluation_streams=2, evaluation_seconds=(3, 4),
+        trajectory_steps=4, ode_steps=3, ode_batch=2, student_frames=15, student_steps=3, student_batch=2,
+        generator_every=1, ema_start=2, evaluation_streams=2, evaluation_seconds=(3, 4),
     ),
 }  # fmt: skip
 

@@ -79,7 +79,7 @@ def stream(
     made = sampler(model, len(conditions), sink)
     begin, chunks = time.perf_counter(), []
     for chunk in made.stream(clips.context(conditions).to(model.device), frames, seed, progress=progress):
-        chunks.append((chunk.clamp(-1, 1).cpu() + 1) / 2)
+        chunks.append(metrics.decode(chunk.cpu()))
     return Stream(torch.cat(chunks, 1), time.perf_counter() - begin, made.cache.nbytes)
 
 
@@ -117,4 +117,4 @@ def real(conditions: Iterable[clips.Condition], frames: int, seed: int = 0) -> t
     import numpy as np
 
     rng = np.random.default_rng((13, seed))
-    return (torch.stack([clips.clip(condition, frames, rng)[0] for condition in conditions]) + 1) / 2
+    return metrics.decode(torch.stack([clips.clip(condition, frames, rng)[0] for condition in conditions]))
