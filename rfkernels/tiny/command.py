@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class RunState:
-    """``run.json``: of every finished phase the preset's values, the command, the commit it started from, the seconds."""
+    """``run.json``: of every finished phase the values, the command, the commit it started from, the seconds."""
 
     def __init__(self, folder: Path, name: str, chosen: TrainPreset):
         self.path, self.name, self.chosen = folder / "run.json", name, chosen
