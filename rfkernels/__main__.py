@@ -1,4 +1,4 @@
-"""``python -m rfkernels``: what is here, a demonstration, and videos from text."""
+"""``python -m rfkernels``: what is here, a demonstration, training of its model, and videos from text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 import rfkernels as rf
 from rfkernels import demo, generate, native
+from rfkernels.tiny import command as train
 
 
 def _nvcc() -> str:
@@ -57,8 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rfkernels", description=rf.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, backends, and why what is missing is missing").set_defaults(run=info)
-    demo.add_arguments(commands.add_parser("demo", help="stream real pictures through three kinds of sink"))
+    demo.add_arguments(commands.add_parser("demo", help="stream a minute of video from the small model"))
     generate.add_arguments(commands.add_parser("generate", help="text to a video file, from a folder of weights"))
+    train.add_arguments(commands.add_parser("train", help="train the small model that the demo streams"))
     args = parser.parse_args(argv)
     return args.run(args)
 
