@@ -21,9 +21,11 @@ from .presets import PRESETS, TrainPreset, preset
 
 
 def _export(preset: TrainPreset, folder: Path) -> None:
-    """The Re-DMD student in float16, as it is shipped, and how it came to be."""
+    """The Re-DMD student in float16, as it is shipped, how it came to be and what was measured of it."""
     save_checkpoint(from_pretrained(folder / "redmd"), folder / "export", torch.float16)
-    (folder / "export" / "training.json").write_text((folder / "run.json").read_text())
+    for source, name in (("run.json", "training.json"), ("evaluation.json", "evaluation.json")):
+        if (folder / source).exists():
+            (folder / "export" / name).write_text((folder / source).read_text())
 
 
 PHASES: dict[str, Callable[[TrainPreset, Path], float | None]] = {
