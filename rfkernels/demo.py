@@ -23,7 +23,7 @@ CONDITIONS = (
 )  # fmt: skip
 SHOWN = ("no sink", "static sink", "EMA 0.99")  # the last is the video
 SEGMENT = 24  # latent frames of a point in the plot
-SCALE = 3  # pixels of the video for one of the model's
+SCALE = 6  # pixels of the video for one of the model's
 
 
 def tiles(frames: torch.Tensor, columns: int = 3) -> torch.Tensor:

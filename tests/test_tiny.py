@@ -70,6 +70,10 @@ def test_displacement_is_low_beyond_a_pixel():
     assert 1.2 < metrics.displacement(panned(1.5)[0]).median().item() < 1.5
 
 
+def test_a_flat_picture_does_not_move():
+    assert not metrics.displacement(torch.full((1, 4, 3, clips.SIZE, clips.SIZE), 0.2)).any()
+
+
 def test_displacement_of_parts_in_a_turn_and_a_zoom():
     for motion in ("turn", "zoom"):
         slow, fast = (metrics.displacement(panned(speed, motion)[0]).mean() for speed in (0.2, 1.2))

@@ -21,9 +21,11 @@ from .presets import PRESETS, TrainPreset, preset
 
 
 def _export(preset: TrainPreset, folder: Path) -> None:
-    """The Re-DMD student in float16, as it is shipped, and how it came to be."""
+    """The Re-DMD student in float16, as it is shipped, how it came to be and what was measured of it."""
     save_checkpoint(from_pretrained(folder / "redmd"), folder / "export", torch.float16)
-    (folder / "export" / "training.json").write_text((folder / "run.json").read_text())
+    for source, name in (("run.json", "training.json"), ("evaluation.json", "evaluation.json")):
+        if (folder / source).exists():
+            (folder / "export" / name).write_text((folder / source).read_text())
 
 
 PHASES: dict[str, Callable[[TrainPreset, Path], float | None]] = {
@@ -134,12 +136,14 @@ def plot(folder: Path) -> None:
         return
     figure = Figure(figsize=(4 * len(shown), 3), layout="constrained")
     for axes, (name, key) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        lines = Log(folder / name / "log.jsonl").read()
-        values = torch.tensor([line[key] for line in lines])
+        # The student learns, and its reward is measured, in some of the steps only.
+        number, values = torch.tensor(
+            [(e["step"], e[key]) for e in Log(folder / name / "log.jsonl").read() if key in e]
+        ).T
         width = max(1, len(values) // 40)
-        axes.plot(values, color="0.8", linewidth=0.8)
-        smooth = values[: len(values) // width * width].unflatten(0, (-1, width)).mean(1)
-        axes.plot((torch.arange(len(smooth)) + 0.5) * width, smooth, color="tab:blue")
+        axes.plot(number, values, color="0.8", linewidth=0.8)
+        whole = len(values) // width * width
+        axes.plot(*(x[:whole].unflatten(0, (-1, width)).mean(1) for x in (number, values)), color="tab:blue")
         axes.set(title=f"{name}: {key.replace('_', ' ')}", xlabel="step")
         axes.spines[["top", "right"]].set_visible(False)
         if key == "loss":
