@@ -361,7 +361,7 @@ def gradients(
             sink_turned = rotate(q, rope, dtype, first_token=first, mask=mask)
         own_k, own_v = keys.k, keys.v
         frame_tokens = 1 if rope is None else rope.frame_tokens
-    out, grad_out = rows(out), rows(grad_out)
+    out, grad_out, grad_lse = rows(out), rows(grad_out), grad_lse.contiguous()
     delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     rotation, block_d = rotary(rope, q), padded(head_dim)
     counts = (0, 0, 1, 1, True) if mask is None else mask
