@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import budget
 import torch
@@ -32,7 +32,16 @@ def uneven(*size: int, dtype: torch.dtype, device: torch.device, spare: int = 16
     return full.to(device, dtype)[..., :heads, :last]
 
 
-def compare(backend: str, function: Callable, qkv: list[torch.Tensor], dtype: torch.dtype) -> None:
+COMPARED = ("out", "lse", "grad_q", "grad_k", "grad_v")
+
+
+def compare(
+    backend: str,
+    function: Callable,
+    qkv: list[torch.Tensor],
+    dtype: torch.dtype,
+    names: Collection[str] = COMPARED,
+) -> None:
     """``function(run, q, k, v) -> out, lse``: both, and all gradients through both, in the three `runs`."""
     results, weights = [], None
     for run, (name, run_dtype) in enumerate(runs(backend, dtype)):
@@ -44,8 +53,9 @@ def compare(backend: str, function: Callable, qkv: list[torch.Tensor], dtype: to
         loss = (out * weights[0].to(out.dtype)).sum()
         loss = loss + (torch.where(lse.isfinite(), lse, 0) * weights[1].to(lse.dtype)).sum()
         results.append([out, lse, *torch.autograd.grad(loss, inputs)])
-    for name, *triple in zip(("out", "lse", "grad_q", "grad_k", "grad_v"), *results, strict=True):
-        check(name, *triple, dtype)
+    for name, *triple in zip(COMPARED, *results, strict=True):
+        if name in names:
+            check(name, *triple, dtype)
 
 
 class Streams:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import grid
+import oracle
 import pytest
 import torch
-from grid import CHUNKS, LOSSES, WINDOWS
+from grid import CHUNKS, LOSSES, WINDOWS, Loss, Window
 from oracle import uneven
 
 import rfkernels as rf
 
-# Over the budget, 1.1 to 1.6 times: a query sees one or two keys, so that its gradient is the small difference of the
-# two long sums in ``dout @ v - sum(out * dout)``. Autograd adds both up in one order and they cancel exactly.
-CANCELS = pytest.mark.xfail(
-    reason="float32 gradients of rows that see one or two keys", strict=not torch.cuda.is_available()
+# Over the budget, 1.11 times: a query sees one key, so that its gradient is that of its normaliser alone. The kernels
+# subtract it from ``sum(out * dout)`` before ``dout @ v`` is known, which rounds it by the magnitude of those sums;
+# keeping the two apart would cost every score an addition.
+OVER_BUDGET = {"18of66-S1-W1-C3-firstNone-not_own-B1-D48-H2:1-interleaved-fp32": "grad_q"}
+ROUNDED = pytest.mark.xfail(
+    reason="float32 gradient of rows that see one key, through the normaliser",
+    raises=AssertionError,
+    strict=not torch.cuda.is_available(),
 )
-OVER_BUDGET = {
-    "18of66-S1-W1-C3-firstNone-not_own-B1-D48-H2:1-interleaved-fp32",
-    "42of66-S0-W1-C3-first2-B2-D64-H1:1-interleaved-fp32",
-    "66of66-S1-W1-C3-first1-not_own-B1-D128-H4:1-interleaved-fp32",
-}
 
 
 def in_turns(cases):
@@ -27,13 +27,25 @@ def in_turns(cases):
     dtypes = (("fp32", torch.float32), ("fp16", torch.float16))
     for number, case in enumerate(cases):
         name, dtype = dtypes[number % 2]
-        marks = [CANCELS] if f"{case}-{name}" in OVER_BUDGET else []
-        yield pytest.param(case, dtype, id=f"{case}-{name}", marks=marks)
+        yield pytest.param(case, dtype, id=f"{case}-{name}")
 
 
 @pytest.mark.parametrize("case, dtype", list(in_turns(WINDOWS)))
-def test_sink_window_attention(device, case, dtype):
-    grid.run_window("triton", device, dtype, case)
+def test_sink_window_attention(device, case, dtype, request):
+    over = OVER_BUDGET.get(request.node.callspec.id)
+    grid.run_window("triton", device, dtype, case, [name for name in oracle.COMPARED if name != over])
+
+
+@pytest.mark.parametrize(
+    "case, dtype, name",
+    [
+        pytest.param(*param.values, OVER_BUDGET[param.id], id=param.id, marks=ROUNDED)
+        for param in in_turns(WINDOWS)
+        if param.id in OVER_BUDGET
+    ],
+)
+def test_gradients_over_the_budget(device, case, dtype, name):
+    grid.run_window("triton", device, dtype, case, [name])
 
 
 @pytest.mark.parametrize("case, dtype", list(in_turns(CHUNKS)))
@@ -55,3 +67,27 @@ def test_results_repeat_bit_for_bit(device):
             out = rf.sink_window_attention(*qkv, sink_tokens=3, window_tokens=10)
         runs.append([out, *torch.autograd.grad(out.square().sum(), qkv)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_spans_of_several_blocks(device, monkeypatch):
+    """Of the loss: what a program sums up where samples are large, here with two programs for three blocks."""
+    from rfkernels.triton import loss
+
+    monkeypatch.setattr(loss, "_PROGRAMS", 2)
+    grid.run_loss("triton", device, torch.float32, Loss("elements", True, True, (2, 3, 4000)))
+
+
+def test_an_output_that_is_not_written_is_caught(device, monkeypatch):
+    """The last program of a launch is lost, whose keys nobody sees: their gradients are zeros, all the same written."""
+    from rfkernels.triton import backward
+
+    class Shortened:
+        def __getitem__(self, size):
+            return whole[(size[0] - 1,)]
+
+    case = Window(40, 40, 0, 20, chunk=8, own=False)  # float32 tiles hold 32 keys
+    grid.run_window("triton", device, torch.float32, case)
+    whole = backward.grad_kv_kernel
+    monkeypatch.setattr(backward, "grad_kv_kernel", Shortened())
+    with pytest.raises(AssertionError, match="grad_k: isnan at other places"):
+        grid.run_window("triton", device, torch.float32, case)
