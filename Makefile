@@ -18,7 +18,7 @@ test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.cpu_ratios
+	$(BIN)/python -m rfkernels bench
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
@@ -35,7 +35,8 @@ $(VENV)/.tools: pyproject.toml
 	$(BIN)/pip install -q $(NVCC) || echo "no nvcc from pip: CUDA kernels are left out"
 	touch $@
 
-# Of the CUDA kernels only what CI needs is compiled here; `make wheel` compiles all. Editable: tests and benchmarks run on the sources; the compiled part is built in place.
+# Of the CUDA kernels only what CI needs is compiled here; `make wheel` compiles all. Editable: tests and benchmarks run
+# on the sources; the compiled part is built in place.
 SOURCES := $(shell git ls-files csrc CMakeLists.txt setup.py 2>/dev/null)
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0+PTX}" RFKERNELS_HEAD_DIMS="$${RFKERNELS_HEAD_DIMS:-64 128}" \

@@ -13,36 +13,84 @@ class UsualCache:
     """Per layer a ``[B, tokens, H, D]`` cache with un-rotated keys whose window is moved down by slice-clone-assign.
 
     Every pass joins sinks and window and rotates all of their keys, and the queries, in complex128 with ready-made
-    tables. Sinks are averaged when a chunk as long as the sink leaves.
+    tables. The lengths are tensors on the device, which the host reads. Frames that leave are averaged into the sink in
+    the cache's dtype, all at once where they are as many as the sink has.
     """
 
-    def __init__(self, heads, head_dim, frame_tokens, sink, window, phases, alpha, dtype):
+    def __init__(self, heads, head_dim, frame_tokens, sink, window, phases, alpha, dtype, device="cpu"):
         """phases: complex128 ``[sink + window, frame_tokens, head_dim / 2]``."""
         size = (1, (sink + window) * frame_tokens, heads, head_dim)
-        self.k, self.v = torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)
-        self.tokens, self.sink, self.alpha = frame_tokens, sink * frame_tokens, alpha
+        self.k, self.v = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
+        self.frame_tokens, self.slots, self.sink, self.alpha = frame_tokens, sink, sink * frame_tokens, alpha
         self.phases = phases.flatten(0, 1)[:, None]
-        self.filled = self.seen = 0
+        # Tokens held, and tokens seen.
+        self.filled, self.seen = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+
+    def open(self, new, start):
+        """Makes room for the chunk of ``new`` tokens that begins at token ``start``, unless it is open already."""
+        if start + new <= self.seen.item():
+            return
+        filled = self.filled.item()
+        leaving = max(0, filled + new - self.k.shape[1])
+        if leaving:
+            first = (self.seen.item() - filled + self.sink) // self.frame_tokens  # the oldest frame of the window
+            for cache in (self.k, self.v):
+                evicted = cache[:, self.sink : self.sink + leaving].clone()
+                cache[:, self.sink : filled - leaving] = cache[:, self.sink + leaving : filled].clone()
+                self._average(cache, evicted, first)
+        self.filled.fill_(filled + new - leaving)
+        self.seen.fill_(start + new)
+
+    def _average(self, cache, evicted, first):
+        if not self.slots:
+            return
+        if evicted.shape[1] == self.sink and first % self.slots == 0:
+            cache[:, : self.sink] = self.alpha * cache[:, : self.sink] + (1 - self.alpha) * evicted
+            return
+        for i, frame in enumerate(evicted.split(self.frame_tokens, 1)):
+            at = (first + i) % self.slots * self.frame_tokens
+            sink = cache[:, at : at + self.frame_tokens]
+            cache[:, at : at + self.frame_tokens] = self.alpha * sink + (1 - self.alpha) * frame
+
+    def visible(self, q, k, v, start):
+        """Writes the open chunk; its queries and all keys, rotated, and all values."""
+        new = q.shape[1]
+        self.open(new, start)
+        filled = self.filled.item()
+        begin = filled - new
+        self.k[:, begin:filled], self.v[:, begin:filled] = k, v
+        keys = torch.cat([self.k[:, : self.sink], self.k[:, self.sink : filled]], 1)
+        values = torch.cat([self.v[:, : self.sink], self.v[:, self.sink : filled]], 1)
+        return rotate(q, self.phases[begin:filled]), rotate(keys, self.phases[:filled]), values
 
     def attend(self, q, k, v, start):
         """One pass over the chunk that begins at token ``start`` of the stream."""
-        new, size = q.shape[1], self.k.shape[1]
-        if start + new > self.seen:  # the first pass of a chunk
-            if self.filled + new > size:
-                for cache in (self.k, self.v):
-                    evicted = cache[:, self.sink : self.sink + new].clone()
-                    cache[:, self.sink : -new] = cache[:, self.sink + new :].clone()
-                    cache[:, : self.sink] = self.alpha * cache[:, : self.sink] + (1 - self.alpha) * evicted
-                self.filled -= new
-            self.filled, self.seen = self.filled + new, start + new
-        begin = self.filled - new
-        self.k[:, begin : self.filled], self.v[:, begin : self.filled] = k, v
-        keys = torch.cat([self.k[:, : self.sink], self.k[:, self.sink : self.filled]], 1)
-        values = torch.cat([self.v[:, : self.sink], self.v[:, self.sink : self.filled]], 1)
-        keys = rotate(keys, self.phases[: self.filled])
-        q = rotate(q, self.phases[begin : self.filled])
-        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, keys, values)))
-        return out.transpose(1, 2)
+        return sdpa(*self.visible(q, k, v, start))
+
+
+def phases(rope, frames, device="cpu"):
+    """complex128 ``[frames, frame_tokens, head_dim / 2]`` of a `Rope3D`."""
+    tables = rope.tables(torch.device(device), torch.float64)
+    turns = torch.outer(torch.arange(frames, device=device).double(), rope.frequencies[0].to(device))[:, None]
+    time = torch.polar(torch.ones_like(turns), turns).expand(-1, rope.frame_tokens, -1)
+    space = torch.view_as_complex(tables.spatial)[None].expand(len(time), -1, -1)
+    return torch.cat([time, space], -1)
+
+
+def sdpa(q, k, v):
+    """On ``[B, N, H, D]``, heads grouped where k and v have fewer."""
+    grouped = q.shape[2] != k.shape[2]
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def chunk_attention(q, k, v, past_k, past_v, phases):
+    """As trainers have it: un-rotated past and own keys joined, everything rotated, differentiable.
+
+    phases: of all visible frames, the chunk's last.
+    """
+    keys = rotate(torch.cat([past_k, k], 1), phases.flatten(0, 1)[:, None])
+    return sdpa(rotate(q, phases.flatten(0, 1)[-q.shape[1] :, None]), keys, torch.cat([past_v, v], 1))
 
 
 def rotate(x, phases):

@@ -1,4 +1,4 @@
-"""``python -m rfkernels``: what is here, a demonstration, training of its model, and videos from text."""
+"""``python -m rfkernels``: what is here, a demonstration, training of its model, videos from text, and benchmarks."""
 
 from __future__ import annotations
 
@@ -54,6 +54,20 @@ def info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(parser: argparse.ArgumentParser) -> None:
+    """benchmarks/ is no part of the package: it lies beside it in a source tree, and within it in a wheel."""
+    here = Path(__file__).parent
+    if (here / "benchmarks").is_dir():
+        from .benchmarks import command
+    elif (here.parent / "benchmarks" / "command.py").is_file():
+        sys.path.insert(0, str(here.parent))
+        from benchmarks import command
+    else:
+        parser.set_defaults(run=lambda args: sys.exit("bench: this install lacks benchmarks/: run it in a source tree"))
+        return
+    command.add_arguments(parser)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rfkernels", description=rf.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -61,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_arguments(commands.add_parser("demo", help="stream a minute of video from the small model"))
     generate.add_arguments(commands.add_parser("generate", help="text to a video file, from a folder of weights"))
     train.add_arguments(commands.add_parser("train", help="train the small model that the demo streams"))
+    _bench(commands.add_parser("bench", help="how fast each operation is here, beside what one would use instead"))
     args = parser.parse_args(argv)
     return args.run(args)
 

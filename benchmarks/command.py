@@ -1,0 +1,110 @@
+"""``python -m rfkernels bench``: how fast each operation is here, beside what one would use instead."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+DESCRIPTION = (
+    "how fast each operation is on this machine, beside what one would use instead, and how far it is from its limit"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.add_argument("-k", metavar="EXPR", help="rows whose names have these words, with and, or, not: any case")
+    parser.add_argument("--quick", action="store_true", help="a few rows, under a minute on two cores")
+    parser.add_argument("--list", action="store_true", help="only print the names of the rows")
+    parser.add_argument("--seconds", type=float, help="of timing for each row (default 2, quick 1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--cuda-graph", action="store_true", help="on a GPU, time replays of a captured graph")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--keep-memory", action="store_true", help="tell glibc to keep freed memory (see the README)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what compiles for many seconds")
+    parser.add_argument("--json", metavar="PATH", help="save the run")
+    parser.add_argument("--plot", metavar="PATH", help="save bars and a roofline as PNG (needs matplotlib)")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="print two saved runs side by side")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        import rich  # noqa: F401
+    except ImportError:
+        print("bench prints its tables with rich: pip install 'rfkernels[bench]'", file=sys.stderr)
+        return 1
+    try:
+        return _run(args)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from . import report, runner
+    from .environment import ceilings, environment
+    from .operations import Options
+    from .timing import CpuTimer, CudaTimer, keep_memory
+
+    # In a file or a pipe lines may be as long as the table.
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    if args.compare:
+        report.show_comparison(console, *(report.load(path) for path in args.compare))
+        return 0
+    if args.seconds is not None and not args.seconds > 0:
+        raise ValueError(f"--seconds must be positive, got {args.seconds}")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device")
+    if args.plot:
+        _require_matplotlib()
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = runner.select(device, args.k, args.quick)
+    if args.list:
+        for operation, case in chosen:
+            print(runner.label(operation, case))
+        return 0
+    if args.keep_memory:
+        keep_memory()
+    torch.manual_seed(0)
+    timer = CpuTimer() if device.type == "cpu" else CudaTimer(device, args.cuda_graph)
+    settings = {"keep memory": args.keep_memory, "CUDA graph": args.cuda_graph and device.type == "cuda"}
+    found = {"environment": environment(device, **settings), "rows": []}
+    report.show_environment(console, found["environment"])
+    with console.status("ceilings of the machine") as status:
+        found["ceilings"] = ceilings(device, timer)
+    report.show_ceilings(console, found["ceilings"])
+    if device.type == "cpu" and args.k is None:
+        console.print("Cases that fit a CPU, with fewer layers than a model has; -k runs any.", highlight=False)
+    options = Options(device, compiled=not (args.quick or args.no_compile))
+    for i, (operation, case) in enumerate(chosen):
+        with console.status("") as status:
+            rows = runner.measure(
+                operation, case, options, timer, found["ceilings"], args.seconds or (1.0 if args.quick else 2.0),
+                progress=lambda text, i=i, status=status: status.update(f"{i + 1}/{len(chosen)} {text}"),
+            )  # fmt: skip
+        report.show_rows(console, rows)
+        found["rows"] += rows
+    report.show_skipped(console, found["rows"])
+    found["ceilings at the end"] = ceilings(device, timer)
+    report.show_ceilings(console, found["ceilings at the end"], "The same, at the end: how steady the machine was")
+    if args.json:
+        report.save(args.json, found)
+    if args.plot:
+        from .plot import plot
+
+        plot(found, args.plot)
+    return 1 if any(row.get("gate") == "red" for row in found["rows"]) else 0
+
+
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install 'rfkernels[bench]'") from None
