@@ -80,7 +80,7 @@ def reward_weights(reward: torch.Tensor, beta: float, max_weight: float | None =
 
 
 def effective_sample_size(weight: torch.Tensor) -> torch.Tensor:
-    """``(sum w)**2 / sum w**2``, from 1 (one sample has all the weight) to B (all have the same); a scalar, nan where all are 0."""
+    """``(sum w)**2 / sum w**2``, from 1 (one sample has all the weight) to B (all have the same); nan if all are 0."""
     return weight.sum().square() / weight.square().sum()
 
 
