@@ -179,8 +179,8 @@ def _modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> tor
 
 
 def _gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    frames = gate.shape[1]
-    return (_per_frame(x, frames) + _per_frame(y, frames) * gate.unsqueeze(2)).flatten(1, 2).to(x.dtype)
+    """``x + y * gate`` with one gate ``[B, F, dim]`` a frame. Not a view: a block's output carries FSDP2's hook."""
+    return (x + (_per_frame(y, gate.shape[1]) * gate.unsqueeze(2)).flatten(1, 2)).to(x.dtype)
 
 
 class CausalWan(nn.Module):
