@@ -205,6 +205,32 @@ def test_a_non_finite_gradient_stops_before_the_optimiser(device):
     assert not trainer.critic_optimizer.state and trainer.step_index == 1
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_step_whose_critic_failed_is_finished_by_the_next_call(saved, device, monkeypatch, tmp_path):
+    whole, trainer, given = make(device), make(device), batches(0, (2,), device)
+    expected = whole.step(given)
+    before = trainer.student.head.head.weight.clone(), trainer.critic.head.head.weight.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr("rfkernels.training.trainer.critic_loss", lambda *_, **__: 1 / 0)
+        for _ in range(2):  # failing twice moves the student once
+            with pytest.raises(ZeroDivisionError):
+                trainer.step(given)
+    assert trainer.step_index == 0 and not trainer.critic_optimizer.state
+    assert torch.equal(trainer.critic.head.head.weight, before[1])
+    assert not torch.equal(trainer.student.head.head.weight, before[0])
+    if saved:
+        save_trainer(trainer, tmp_path / "run")
+        trainer = make(device)
+        load_trainer(trainer, tmp_path / "run")
+    metrics = trainer.step(given)
+    assert trainer.step_index == 1 and trainer.unfinished is None
+    assert metrics.keys() == ({"critic_loss", "critic_grad_norm"} if saved else expected.keys())
+    assert all(torch.equal(x, expected[name]) for name, x in metrics.items())
+    for a, b in zip(state(trainer)[0], state(whole)[0], strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(x, whole.ema[name]) for name, x in trainer.ema.items())
+
+
 def test_bad_input(device, tmp_path):
     trainer = make(device)
     for given, message in [

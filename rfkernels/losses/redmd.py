@@ -47,9 +47,7 @@ def _redmd(
     x, fake, real_cond, real_uncond, weight, guidance_scale, fake_uncond, fake_guidance_scale, mask
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The checked loss, and its gradient in x (empty where x wants none)."""
-    checks.tensor("x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x must have a batch and at least one more dimension, got shape {tuple(x.shape)}")
+    _check_x(x)
     latents = {"fake": fake, "real_cond": real_cond, "real_uncond": real_uncond, "fake_uncond": fake_uncond}
     for name, latent in latents.items():
         if latent is not None:
@@ -68,6 +66,12 @@ def _redmd(
     )  # fmt: skip
 
 
+def _check_x(x: torch.Tensor) -> None:
+    checks.tensor("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x must have a batch and at least one more dimension, got shape {tuple(x.shape)}")
+
+
 def reward_weights(reward: torch.Tensor, beta: float, max_weight: float | None = None) -> torch.Tensor:
     """``min(exp(beta * reward), max_weight)`` of ``[B]`` rewards, in float32 (float64), without gradient."""
     checks.tensor("reward", reward, 1)
@@ -76,7 +80,7 @@ def reward_weights(reward: torch.Tensor, beta: float, max_weight: float | None =
 
 
 def effective_sample_size(weight: torch.Tensor) -> torch.Tensor:
-    """``(sum w)**2 / sum w**2``, from 1 (one sample has all the weight) to B (all have the same); a scalar."""
+    """``(sum w)**2 / sum w**2``, from 1 (one sample has all the weight) to B (all have the same); nan if all are 0."""
     return weight.sum().square() / weight.square().sum()
 
 
@@ -95,7 +99,7 @@ class ReDMDLoss(torch.nn.Module):
     that cannot hold all modes, it does not converge to ``q * exp(beta * reward)``.
 
     Raises:
-        ValueError: a beta that is not finite, a max_weight that is not positive.
+        ValueError: a beta or guidance scale that is not finite, a max_weight that is not positive.
     """
 
     def __init__(
@@ -107,8 +111,10 @@ class ReDMDLoss(torch.nn.Module):
         normalize: bool = False,
     ):
         super().__init__()
-        if not math.isfinite(beta):
-            raise ValueError(f"beta must be finite, got {beta}")
+        scales = {"beta": beta, "guidance_scale": guidance_scale, "fake_guidance_scale": fake_guidance_scale}
+        for name, value in scales.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         if max_weight is not None and not max_weight > 0:
             raise ValueError(f"max_weight must be positive, got {max_weight}")
         self.beta, self.guidance_scale, self.fake_guidance_scale = beta, guidance_scale, fake_guidance_scale
@@ -129,15 +135,24 @@ class ReDMDLoss(torch.nn.Module):
         """The loss, and with ``return_metrics`` a dict of tensors on the device (nothing is read by the host).
 
         Args:
-            reward: ``[B]``, never differentiated.
+            reward: ``[B]``, finite, on x's device; never differentiated. Checked on the CPU (but not by a compiled
+                loss); on another device the host would have to wait for it, so there a nan or infinity reaches the
+                loss and the gradient: check the gradient's norm, as `ReDMDTrainer` does.
             sample_weight: ``[B]``, multiplies the weights of the reward.
             the rest as in `redmd_loss`.
 
         Returns:
             loss; metrics ``weight`` ``[B]`` as it was used, ``effective_sample_size`` of it, and ``gradient_norm``
             ``[B]``, the norm of the loss's gradient in each sample of x (where x wants one).
+
+        Raises:
+            ValueError, TypeError: naming the argument.
         """
-        checks.tensor("reward", reward, 1)
+        _check_x(x)
+        checks.tensor("reward", reward, 1, x.device)
+        checks.shape("reward", reward, batch=len(x))
+        if reward.device.type == "cpu" and not torch.compiler.is_compiling() and not reward.isfinite().all():
+            raise ValueError(f"reward must be finite, got {reward.tolist()}")
         precision = accumulate_dtype(x.dtype)
         weight = reward_weights(reward.to(precision), self.beta, self.max_weight)
         if self.normalize:

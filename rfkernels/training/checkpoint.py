@@ -35,9 +35,11 @@ def save_trainer(trainer: ReDMDTrainer, folder: str | os.PathLike, extra: dict |
         weights["ema"] = {name: _full(x).cpu() for name, x in trainer.ema.items()}
     state = {
         "step": trainer.step_index,
+        "unfinished": trainer.unfinished is not None,
         "config": asdict(trainer.config),
+        # Of one that has not stepped, torch would make up a state, with a step done.
         "optimizers": [
-            whole.get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+            whole.get_optimizer_state_dict(model, optimizer, options=_WHOLE) if optimizer.state else None
             for model, optimizer in _optimizers(trainer)
         ],
         "random": _gather_objects(trainer, _random_state()),
@@ -83,11 +85,15 @@ def load_trainer(trainer: ReDMDTrainer, folder: str | os.PathLike) -> dict:
     whole.set_model_state_dict(trainer.student, weights["student"], options=_WHOLE)
     whole.set_model_state_dict(trainer.critic, weights["critic"], options=_WHOLE)
     for (model, optimizer), saved in zip(_optimizers(trainer), state["optimizers"], strict=True):
-        whole.set_optimizer_state_dict(model, optimizer, saved, options=_WHOLE)
+        if saved is None:
+            optimizer.state.clear()
+        else:
+            whole.set_optimizer_state_dict(model, optimizer, saved, options=_WHOLE)
     trainer.ema = None
     if "ema" in weights:
         trainer.ema = {name: _like(weights["ema"][name], p.detach().float()) for name, p in trainer.weights.items()}
     trainer.step_index = state["step"]
+    trainer.unfinished = {} if state["unfinished"] else None
     if trainer.rank < len(state["random"]):
         _set_random_state(state["random"][trainer.rank])
     return state["extra"]

@@ -35,6 +35,7 @@ class ReDMDTrainer:
 
     Attributes:
         step_index: steps done. ema: the student's moving average by parameter name, or None before it begins.
+        unfinished: metrics of the student's part of a step whose critic's part failed; else None.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -83,6 +84,7 @@ class ReDMDTrainer:
         )
         self.step_index = 0
         self.ema: dict[str, torch.Tensor] | None = None
+        self.unfinished: dict[str, torch.Tensor] | None = None
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -99,6 +101,9 @@ class ReDMDTrainer:
             student's step ``loss``, ``grad_norm``, ``dmd_gradient_norm`` (mean over samples), ``reward`` and
             ``weight`` (of this rank's samples, as used), ``effective_sample_size`` (of all).
 
+        The critic learns from the student as it is after its update. So a step can fail between the two: the next call
+        then finishes it, by the critic's part alone, and takes the path of a step that did not fail.
+
         Raises:
             ValueError: batches that do not fit, a non-finite reward. FloatingPointError: a non-finite gradient. The
                 network concerned, its optimiser and ``step_index`` are unchanged then.
@@ -106,10 +111,11 @@ class ReDMDTrainer:
         critic_batches = batches if critic_batches is None else critic_batches
         self._check_batches("batches", batches)
         self._check_batches("critic_batches", critic_batches)
-        metrics = {}
-        if self.step_index % self.config.generator_every == 0:
-            metrics |= self._train_generator(batches)
-        metrics |= self._train_critic(critic_batches)
+        if self.unfinished is None:
+            due = self.step_index % self.config.generator_every == 0
+            self.unfinished = self._train_generator(batches) if due else {}
+        metrics = self.unfinished | self._train_critic(critic_batches)
+        self.unfinished = None
         self.step_index += 1
         if self.ema is None and self.step_index >= self.config.ema_start:
             # Clones keep the sharding of FSDP2's parameters.
