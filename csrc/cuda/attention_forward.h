@@ -119,18 +119,24 @@ struct TileCopier {
   }
 };
 
+template <class T>
+__device__ __forceinline__ void store4(uint32_t shared, const float (&x)[4], float sign) {
+  const uint32_t low = pack_saturated<T>(sign * x[0], sign * x[1]), high = pack_saturated<T>(sign * x[2], sign * x[3]);
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(low), "r"(high) : "memory");
+}
+
 // Queries to shared memory: read once, rotated at their frame (less `evicted` ones for sinks outside the window), rounded.
 template <class Config>
 __device__ __forceinline__ void load_queries(const AttentionProblem& p, const QueryTile& tile, uint32_t sQ,
                                              bool for_sinks) {
   using T = typename Config::Element;
-  constexpr int kGroups = Config::kHeadDim / 16;  // of eight pairs
-  constexpr int kSlots = Config::kThreads / kGroups, kPairs = Config::kHeadDim / 2;
+  constexpr int kPairs = Config::kHeadDim / 2, kGroups = kPairs / kPhases;
+  constexpr int kSlots = Config::kThreads / kGroups;
   const int group = threadIdx.x % kGroups, slot = threadIdx.x / kGroups;
   if (slot >= kSlots) return;
   const bool half_split = p.rope.half_split;
-  const int first = half_split ? group * 8 : group * 16;  // columns of the two units
-  const int second = half_split ? first + kPairs : first + 8;
+  const int first = half_split ? group * kPhases : 2 * group * kPhases;  // columns of the pairs' halves
+  const int second = first + (half_split ? kPairs : kPhases);
   const float sign = p.scale < 0.0f ? -1.0f : 1.0f;  // the running maximum needs a positive scale
   const int tokens = int(p.frame_tokens), size = p.q_type == ElementType::kFloat32 ? 4 : 2;
   const char* q = static_cast<const char*>(p.q.data) + size * (tile.sample * p.q.batch + tile.head * p.q.head);
@@ -138,37 +144,19 @@ __device__ __forceinline__ void load_queries(const AttentionProblem& p, const Qu
 #pragma unroll 1
   for (int row = slot; row < Config::kTileRows; row += kSlots) {
     const int known = min(tile.first_row + row, tile.last_row);  // rows past the end repeat the last
-    float a[8], b[8];
     const char* source = q + size * (known * p.q.token);
-    load8(a, source, p.q_type, first);
-    load8(b, source, p.q_type, second);
+    float a[kPhases], b[kPhases];
+    load4(a, source + size * first, p.q_type);
+    load4(b, source + size * second, p.q_type);
     if (p.rope.frame_turns != nullptr) {
       const int index = known + tile.offset;
       int frame = index / tokens + tile.first_frame;
       if (for_sinks) frame -= evicted_frames(p.mask, index, tokens);
-      phases.set(p.rope, group * 8, kPairs, frame, index % tokens);
-      if (half_split) {
-        phases.rotate(a, b);
-      } else {
-        float even[8], odd[8];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) even[i] = a[2 * i], odd[i] = a[2 * i + 1], even[i + 4] = b[2 * i], odd[i + 4] = b[2 * i + 1];
-        phases.rotate(even, odd);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[2 * i] = even[i], a[2 * i + 1] = odd[i], b[2 * i] = even[i + 4], b[2 * i + 1] = odd[i + 4];
-      }
+      phases.set(p.rope, group * kPhases, kPairs, frame, index % tokens);
+      phases.rotate(a, b, half_split);
     }
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      const float(&x)[8] = part == 0 ? a : b;
-      uint32_t bits[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) bits[i] = pack_saturated<T>(sign * x[2 * i], sign * x[2 * i + 1]);
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
-                       sQ + Config::QTile::offset(row, (part == 0 ? first : second) / 8)),
-                   "r"(bits[0]), "r"(bits[1]), "r"(bits[2]), "r"(bits[3])
-                   : "memory");
-    }
+    store4<T>(sQ + Config::QTile::offset(row, first / 8) + first % 8 * 2, a, sign);
+    store4<T>(sQ + Config::QTile::offset(row, second / 8) + second % 8 * 2, b, sign);
   }
 }
 
