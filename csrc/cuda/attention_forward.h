@@ -89,17 +89,19 @@ struct TileCopier {
   static constexpr int kRowStep = Config::kThreads / Tile::kSlabUnits;
   const char* source;
   int64_t step;  // bytes between the rows of a thread
-  uint32_t destination;
 
-  __device__ __forceinline__ TileCopier(const char* first, int64_t token_step, uint32_t tile) {
-    const int row = threadIdx.x / Tile::kSlabUnits, unit = threadIdx.x % Tile::kSlabUnits;
-    source = first + row * token_step + unit * 16;
+  __device__ __forceinline__ TileCopier(const char* first, int64_t token_step) {
+    source = first + threadIdx.x / Tile::kSlabUnits * token_step + threadIdx.x % Tile::kSlabUnits * 16;
     step = token_step * kRowStep;
-    destination = tile + Tile::slab_offset(row, unit);
+  }
+
+  // Where this thread's first unit goes in the tile that begins at an address of shared memory.
+  static __device__ __forceinline__ uint32_t place(uint32_t tile) {
+    return tile + Tile::slab_offset(threadIdx.x / Tile::kSlabUnits, threadIdx.x % Tile::kSlabUnits);
   }
 
   // rows: how many of the tile exist; the others become zeros (what lies there may be NaN).
-  __device__ __forceinline__ void copy(int rows) {
+  __device__ __forceinline__ void copy(uint32_t destination, int rows) {
     if (rows >= Config::kTileKeys) {
 #pragma unroll
       for (int r = 0; r < Config::kTileKeys; r += kRowStep, source += step)
@@ -214,9 +216,9 @@ struct WarpRows {
     }
   }
 
-  // out += exp2(s) * V, sixteen keys at a time.
+  // out += exp2(s) * V, sixteen keys at a time; sK: addresses of the keys' tile.
   __device__ __forceinline__ void accumulate(const float (&s)[kRowBlocks][kKeyUnits][4],
-                                             const BlockAddresses<typename Config::KVTile>& sV, float scale2) {
+                                             const BlockAddresses<typename Config::KVTile>& sK, float scale2) {
 #pragma unroll
     for (int n = 0; n < kKeyUnits; n += 2) {
       uint32_t p[kRowBlocks][4];
@@ -235,7 +237,7 @@ struct WarpRows {
 #pragma unroll
       for (int c = 0; c < Config::kHeadDim / 16; ++c) {
         uint32_t v[4];
-        ldmatrix_transposed(v, sV.at(8 * n, c));
+        ldmatrix_transposed(v, sK.at(8 * n, c) + Config::kKToV);
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
           mma<T>(rOut[m][2 * c], p[m], v[0], v[1]);

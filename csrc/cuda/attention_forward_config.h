@@ -30,6 +30,7 @@ struct ForwardConfig {
   static constexpr int kSharedQ = 0;
   static constexpr int kSharedK = QTile::kBytes;
   static constexpr int kSharedV = kSharedK + KVTile::kBytes;
+  static constexpr int kKToV = kSharedV - kSharedK;  // a constant offset: both tiles share their address registers
   static constexpr int kSharedBytes = kSharedV + KVTile::kBytes;
 
   static_assert(kHeadDim % 16 == 0 && kHeadDim <= 256 && kTileKeys % 16 == 0);

@@ -11,7 +11,7 @@ __device__ __forceinline__ void hide_unseen(Scores& s, const ForwardParams& para
   const AttentionProblem& p = params.problem;
 #pragma unroll
   for (int r = 0; r < 2 * Config::kRowBlocks; ++r) {
-    Range seen = {keys.begin, keys.limit};
+    Range seen = {0, keys.limit};
     if (p.use == Use::kWindow)
       seen = visible_keys(p.mask, min(row + 8 * r, tile.last_row) + tile.offset, part == 1, p.keys);
     const int before = first_key + int(threadIdx.x % 4) * 2 - seen.begin;
@@ -83,7 +83,6 @@ __device__ __forceinline__ void attention_forward(const ForwardParams& params) {
 
   const BlockAddresses<typename Config::QTile> q_blocks(sQ + warp_row * Config::QTile::kRowBytes, lane);
   const BlockAddresses<typename Config::KVTile> k_blocks(base + Config::kSharedK, lane);
-  const BlockAddresses<typename Config::KVTile> v_blocks(base + Config::kSharedV, lane);
   WarpRows<Config> rows;
 
   const int parts = p.use == Use::kPrefix ? 1 : 2;
@@ -94,15 +93,15 @@ __device__ __forceinline__ void attention_forward(const ForwardParams& params) {
     // Sinks outside the window meet the queries in another rotation. Without a rope that turn changes nothing.
     const bool for_sinks = part == 1 && p.use == Use::kWindow;
     if (part > 0) __syncthreads();  // every warp is done with the last segment
-    TileCopier<Config> copy_k(keys.k, keys.k_step, base + Config::kSharedK);
-    TileCopier<Config> copy_v(keys.v, keys.v_step, base + Config::kSharedV);
-    copy_k.copy(keys.limit - keys.begin);
+    const uint32_t place = TileCopier<Config>::place(base + Config::kSharedK);
+    TileCopier<Config> copy_k(keys.k, keys.k_step), copy_v(keys.v, keys.v_step);
+    copy_k.copy(place, keys.limit - keys.begin);
     load_queries<Config>(p, tile, sQ, for_sinks);
 #pragma unroll 1
     for (int key = keys.begin; key < keys.end; key += Config::kTileKeys) {
       wait_copies<0>();
       __syncthreads();  // keys (and queries) are there; every warp is done with the last values
-      copy_v.copy(keys.limit - key);
+      copy_v.copy(place + Config::kKToV, keys.limit - key);
       float scores[Config::kRowBlocks][Config::kTileKeys / 8][4] = {};
       rows.scores(scores, q_blocks, k_blocks);
       if (key < keys.full_begin || key + Config::kTileKeys > keys.full_end)
@@ -110,8 +109,8 @@ __device__ __forceinline__ void attention_forward(const ForwardParams& params) {
       rows.raise(scores, scale2);
       wait_copies<0>();
       __syncthreads();  // values are there; every warp is done with the keys
-      if (key + Config::kTileKeys < keys.end) copy_k.copy(keys.limit - key - Config::kTileKeys);
-      rows.accumulate(scores, v_blocks, scale2);
+      if (key + Config::kTileKeys < keys.end) copy_k.copy(place, keys.limit - key - Config::kTileKeys);
+      rows.accumulate(scores, k_blocks, scale2);
     }
   }
   rows.softmax.finish();
