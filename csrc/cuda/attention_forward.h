@@ -11,7 +11,14 @@
 
 namespace rfkernels::cuda {
 
-// The row tile of a block, and what is known of its stream.
+// x, but nothing that depends on it may be computed before this point: the compiler would otherwise move what is constant
+// out of the loop and keep it in registers that the loop has no room for.
+__device__ __forceinline__ int not_before(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// The row tile of a block, and what is known of its stream. Cheap to make anew, dear to keep across the main loop.
 struct QueryTile {
   int sample, head, split;
   int first_row, last_row;  // last_row: the last that exists
@@ -22,7 +29,7 @@ struct QueryTile {
 
   __device__ QueryTile(const ForwardParams& params, int rows) {
     const AttentionProblem& p = params.problem;
-    const int block = blockIdx.x % params.row_blocks, rest = blockIdx.x / params.row_blocks;
+    const int index = not_before(blockIdx.x), block = index % params.row_blocks, rest = index / params.row_blocks;
     head = rest % p.heads;
     sample = rest / p.heads;
     split = blockIdx.y;
@@ -46,9 +53,8 @@ struct QueryTile {
 struct KeySegment {
   const char *k, *v;         // token `begin`
   int64_t k_step, v_step;    // bytes from token to token
-  int begin, end;            // of this block's share
+  int begin, end;            // of this block's share: whole tiles, but for the last tile of the last share
   int full_begin, full_end;  // between these every row sees every key
-  int limit;                 // no key exists (or is seen) from here on
 
   // part 0: the prefix, the past, or the window; part 1: the open chunk's own keys, or sinks outside the window.
   __device__ KeySegment(const ForwardParams& params, const QueryTile& tile, int part, int tile_keys) {
@@ -68,8 +74,7 @@ struct KeySegment {
       full_begin = begin, full_end = end;
     }
     end = max(end, begin);
-    limit = end;
-    if (params.splits > 1) {  // whole tiles for every share but the last
+    if (params.splits > 1) {
       const int tiles = (end - begin + tile_keys - 1) / tile_keys;
       const int share = (tiles + params.splits - 1) / params.splits * tile_keys;
       begin = min(begin + tile.split * share, end);
@@ -88,20 +93,17 @@ struct TileCopier {
   using Tile = typename Config::KVTile;
   static constexpr int kRowStep = Config::kThreads / Tile::kSlabUnits;
   const char* source;
-  int64_t step;  // bytes between the rows of a thread
+  int step;  // bytes between the rows of a thread: 32 bits, so that an advance is one instruction
 
   __device__ __forceinline__ TileCopier(const char* first, int64_t token_step) {
     source = first + threadIdx.x / Tile::kSlabUnits * token_step + threadIdx.x % Tile::kSlabUnits * 16;
-    step = token_step * kRowStep;
-  }
-
-  // Where this thread's first unit goes in the tile that begins at an address of shared memory.
-  static __device__ __forceinline__ uint32_t place(uint32_t tile) {
-    return tile + Tile::slab_offset(threadIdx.x / Tile::kSlabUnits, threadIdx.x % Tile::kSlabUnits);
+    step = int(token_step) * kRowStep;
   }
 
   // rows: how many of the tile exist; the others become zeros (what lies there may be NaN).
-  __device__ __forceinline__ void copy(uint32_t destination, int rows) {
+  __device__ __forceinline__ void copy(uint32_t tile, int rows) {
+    const int thread = not_before(threadIdx.x), row = thread / Tile::kSlabUnits;
+    const uint32_t destination = tile + Tile::slab_offset(row, thread % Tile::kSlabUnits);
     if (rows >= Config::kTileKeys) {
 #pragma unroll
       for (int r = 0; r < Config::kTileKeys; r += kRowStep, source += step)
@@ -109,7 +111,7 @@ struct TileCopier {
         for (int slab = 0; slab < Tile::kSlabs; ++slab)
           copy_async(destination + r * Tile::kRowBytes + slab * Tile::kSlabBytes, source + slab * Tile::kRowBytes);
     } else {
-      int left = rows - int(threadIdx.x / Tile::kSlabUnits);
+      const int left = rows - row;
 #pragma unroll
       for (int r = 0; r < Config::kTileKeys; r += kRowStep, source += step)
 #pragma unroll
@@ -134,7 +136,7 @@ __device__ __forceinline__ void load_queries(const AttentionProblem& p, const Qu
   using T = typename Config::Element;
   constexpr int kPairs = Config::kHeadDim / 2, kGroups = kPairs / kPhases;
   constexpr int kSlots = Config::kThreads / kGroups;
-  const int group = threadIdx.x % kGroups, slot = threadIdx.x / kGroups;
+  const int thread = not_before(threadIdx.x), group = thread % kGroups, slot = thread / kGroups;
   if (slot >= kSlots) return;
   const bool half_split = p.rope.half_split;
   const int first = half_split ? group * kPhases : 2 * group * kPhases;  // columns of the pairs' halves
@@ -173,13 +175,15 @@ struct WarpRows {
   SoftmaxState<kRows> softmax;
 
   static __device__ __forceinline__ void scores(float (&s)[kRowBlocks][kKeyUnits][4],
-                                                const BlockAddresses<typename Config::QTile>& sQ,
                                                 const BlockAddresses<typename Config::KVTile>& sK) {
+    // Where the warp's queries lie from the keys: added for every tile, which costs less than registers to keep.
+    const uint32_t warp = not_before(threadIdx.x) / 32 * 16 * kRowBlocks * Config::QTile::kRowBytes;
+    const uint32_t to_q = warp + Config::kSharedQ - Config::kSharedK;
 #pragma unroll
     for (int c = 0; c < Config::kHeadDim / 16; ++c) {
       uint32_t q[kRowBlocks][4];
 #pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) ldmatrix(q[m], sQ.at(16 * m, c));
+      for (int m = 0; m < kRowBlocks; ++m) ldmatrix(q[m], sK.template at_other<typename Config::QTile>(to_q, 16 * m, c));
 #pragma unroll
       for (int n = 0; n < kKeyUnits; n += 2) {
         uint32_t k[4];

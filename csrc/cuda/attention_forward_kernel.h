@@ -4,35 +4,59 @@
 
 namespace rfkernels::cuda {
 
+// What the main loop looks at once a tile waits in shared memory: its registers are all taken.
+struct Bounds {
+  int first_full, last_full;  // tiles that begin between these are seen by every row
+  int part;
+};
+
+__device__ __forceinline__ void keep_bounds(uint32_t sBounds, Bounds b) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %3};" ::"r"(sBounds), "r"(b.first_full), "r"(b.last_full), "r"(b.part)
+               : "memory");
+}
+
+__device__ __forceinline__ Bounds kept_bounds(uint32_t sBounds) {
+  Bounds b;
+  int unused;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(b.first_full), "=r"(b.last_full), "=r"(b.part), "=r"(unused)
+               : "r"(sBounds));
+  return b;
+}
+
 // Sets scores of keys that a row does not see to -inf: tiles at the edge of a segment only.
 template <class Config, class Scores>
-__device__ __forceinline__ void hide_unseen(Scores& s, const ForwardParams& params, const QueryTile& tile,
-                                            const KeySegment& keys, int part, int row, int first_key) {
+__device__ __forceinline__ void hide_unseen(Scores& s, const ForwardParams& params, const KeySegment& keys, int part,
+                                            int first_key) {
   const AttentionProblem& p = params.problem;
+  const int thread = not_before(threadIdx.x), block = not_before(blockIdx.x) % params.row_blocks;
+  const int row = block * Config::kTileRows + thread / 32 * 16 * Config::kRowBlocks + thread % 32 / 4;
 #pragma unroll
   for (int r = 0; r < 2 * Config::kRowBlocks; ++r) {
-    Range seen = {0, keys.limit};
+    Range seen = {0, keys.end};
     if (p.use == Use::kWindow)
-      seen = visible_keys(p.mask, min(row + 8 * r, tile.last_row) + tile.offset, part == 1, p.keys);
-    const int before = first_key + int(threadIdx.x % 4) * 2 - seen.begin;
-    const unsigned count = max(seen.end - seen.begin, 0);
+      seen = visible_keys(p.mask, min(row + 8 * r, p.queries - 1) + p.keys - p.queries, part == 1, p.keys);
+    const int before = not_before(first_key + thread % 4 * 2 - seen.begin);
+    const unsigned count = not_before(max(seen.end - seen.begin, 0));  // one comparison a score, whatever the use
 #pragma unroll
     for (int n = 0; n < Config::kTileKeys / 8; ++n)
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (unsigned(before + 8 * n + i) >= count) s[r / 2][n][r % 2 * 2 + i] = kUnseen;
+      for (int i = 0; i < 2; ++i) {
+        float& score = s[r / 2][n][r % 2 * 2 + i];
+        score = unsigned(before + 8 * n + i) < count ? score : kUnseen;
+      }
   }
 }
 
 // Whole rows of the output, by way of shared memory: 16 bytes a thread. Of the queries' tile a warp uses only the rows
 // that it alone reads, so no barrier is needed.
 template <class Config>
-__device__ __forceinline__ void store(const WarpRows<Config>& rows, const ForwardParams& params, const QueryTile& tile,
-                                      uint32_t sQ, int warp_row) {
+__device__ __forceinline__ void store(const WarpRows<Config>& rows, const ForwardParams& params, uint32_t sQ) {
   using T = typename Config::Element;
   using QTile = typename Config::QTile;
   const AttentionProblem& p = params.problem;
-  const int lane = threadIdx.x % 32;
+  const QueryTile tile(params, Config::kTileRows);
+  const int thread = not_before(threadIdx.x), lane = thread % 32, warp_row = thread / 32 * 16 * Config::kRowBlocks;
   const int64_t place = int64_t(tile.split) * p.batch + tile.sample;
 #pragma unroll
   for (int r = 0; r < 2 * Config::kRowBlocks; ++r) {
@@ -41,17 +65,20 @@ __device__ __forceinline__ void store(const WarpRows<Config>& rows, const Forwar
     const float normaliser = exists ? rows.softmax.normaliser(r) : 0.0f;
     if (lane % 4 == 0 && row <= tile.last_row)
       params.lse[(place * p.heads + tile.head) * p.queries + row] = exists ? rows.softmax.lse(r) : kUnseen;
-    float* part = static_cast<float*>(params.out) + ((place * p.queries + row) * p.heads + tile.head) * Config::kHeadDim;
+    const auto value = [&](int n, int i) { return exists ? rows.rOut[r / 2][n][r % 2 * 2 + i] * normaliser : 0.0f; };
+    if (params.splits > 1) {
+      float* part = static_cast<float*>(params.out) + ((place * p.queries + row) * p.heads + tile.head) * Config::kHeadDim;
+      if (row <= tile.last_row) {
 #pragma unroll
-    for (int n = 0; n < Config::kHeadDim / 8; ++n) {
-      float low = rows.rOut[r / 2][n][r % 2 * 2], high = rows.rOut[r / 2][n][r % 2 * 2 + 1];
-      low = exists ? low * normaliser : 0.0f, high = exists ? high * normaliser : 0.0f;
-      if (params.splits > 1) {
-        if (row <= tile.last_row) *reinterpret_cast<float2*>(part + 8 * n + lane % 4 * 2) = make_float2(low, high);
-      } else {
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(sQ + QTile::offset(local, n) + lane % 4 * 4), "r"(pack<T>(low, high))
-                     : "memory");
+        for (int n = 0; n < Config::kHeadDim / 8; ++n)
+          *reinterpret_cast<float2*>(part + 8 * n + lane % 4 * 2) = make_float2(value(n, 0), value(n, 1));
       }
+    } else {
+#pragma unroll
+      for (int n = 0; n < Config::kHeadDim / 8; ++n)
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(sQ + QTile::offset(local, n) + lane % 4 * 4),
+                     "r"(pack<T>(value(n, 0), value(n, 1)))
+                     : "memory");
     }
   }
   if (params.splits > 1) return;
@@ -76,45 +103,47 @@ __device__ __forceinline__ void attention_forward(const ForwardParams& params) {
   const uint32_t base = uint32_t(__cvta_generic_to_shared(shared));
   const uint32_t sQ = base + Config::kSharedQ;
   const AttentionProblem& p = params.problem;
-  const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * Config::kRowBlocks;
-  const QueryTile tile(params, Config::kTileRows);
   // A scale of zero still has to keep what is unseen at -inf.
   const float scale2 = fmaxf(fabsf(p.scale) * kLog2E, 1e-30f);
 
-  const BlockAddresses<typename Config::QTile> q_blocks(sQ + warp_row * Config::QTile::kRowBytes, lane);
-  const BlockAddresses<typename Config::KVTile> k_blocks(base + Config::kSharedK, lane);
+  const BlockAddresses<typename Config::KVTile> k_blocks(base + Config::kSharedK, threadIdx.x % 32);
   WarpRows<Config> rows;
 
   const int parts = p.use == Use::kPrefix ? 1 : 2;
 #pragma unroll 1
   for (int part = 0; part < parts; ++part) {
+    const QueryTile tile(params, Config::kTileRows);
     const KeySegment keys(params, tile, part, Config::kTileKeys);
     if (keys.begin >= keys.end) continue;
     // Sinks outside the window meet the queries in another rotation. Without a rope that turn changes nothing.
     const bool for_sinks = part == 1 && p.use == Use::kWindow;
     if (part > 0) __syncthreads();  // every warp is done with the last segment
-    const uint32_t place = TileCopier<Config>::place(base + Config::kSharedK);
+    const uint32_t sBounds = base + Config::kSharedBounds;
+    if (threadIdx.x == 0) keep_bounds(sBounds, {keys.full_begin, keys.full_end - Config::kTileKeys, part});
+    const uint32_t sK = base + Config::kSharedK, sV = base + Config::kSharedV;
     TileCopier<Config> copy_k(keys.k, keys.k_step), copy_v(keys.v, keys.v_step);
-    copy_k.copy(place, keys.limit - keys.begin);
+    copy_k.copy(sK, keys.end - keys.begin);
     load_queries<Config>(p, tile, sQ, for_sinks);
 #pragma unroll 1
     for (int key = keys.begin; key < keys.end; key += Config::kTileKeys) {
       wait_copies<0>();
       __syncthreads();  // keys (and queries) are there; every warp is done with the last values
-      copy_v.copy(place + Config::kKToV, keys.limit - key);
+      copy_v.copy(sV, keys.end - key);
       float scores[Config::kRowBlocks][Config::kTileKeys / 8][4] = {};
-      rows.scores(scores, q_blocks, k_blocks);
-      if (key < keys.full_begin || key + Config::kTileKeys > keys.full_end)
-        hide_unseen<Config>(scores, params, tile, keys, part, tile.first_row + warp_row + lane / 4, key);
+      rows.scores(scores, k_blocks);
+      const Bounds bounds = kept_bounds(sBounds);
+      if (key < bounds.first_full || key > bounds.last_full)
+        hide_unseen<Config>(scores, params, keys, bounds.part, key);
       rows.raise(scores, scale2);
       wait_copies<0>();
       __syncthreads();  // values are there; every warp is done with the keys
-      if (key + Config::kTileKeys < keys.end) copy_k.copy(place, keys.limit - key - Config::kTileKeys);
+      if (key + Config::kTileKeys < keys.end) copy_k.copy(sK, keys.end - key - Config::kTileKeys);
       rows.accumulate(scores, k_blocks, scale2);
     }
+    part = kept_bounds(sBounds).part;
   }
   rows.softmax.finish();
-  store(rows, params, tile, sQ, warp_row);
+  store(rows, params, sQ);
 }
 
 }  // namespace rfkernels::cuda

@@ -41,6 +41,13 @@ struct BlockAddresses {
 #pragma unroll
     for (int i = 0; i < kVariants; ++i) variant[i] = tile + Tile::slab_offset(lane % 16, 2 * i + lane / 16);
   }
+  // In another tile of as many columns, which begins `delta` bytes after this one.
+  template <class Other>
+  __device__ __forceinline__ uint32_t at_other(uint32_t delta, int row, int column_block) const {
+    static_assert(Other::kSlabUnits == Tile::kSlabUnits);
+    return variant[column_block % kVariants] + delta + row * Other::kRowBytes +
+           column_block / kVariants * Other::kSlabBytes;
+  }
   // row: a multiple of 16; column_block: columns 16 * column_block onwards.
   __device__ __forceinline__ uint32_t at(int row, int column_block) const {
     return variant[column_block % kVariants] + row * Tile::kRowBytes + column_block / kVariants * Tile::kSlabBytes;
