@@ -93,15 +93,16 @@ struct TileCopier {
   using Tile = typename Config::KVTile;
   static constexpr int kRowStep = Config::kThreads / Tile::kSlabUnits;
   const char* source;
-  int step;  // bytes between the rows of a thread: 32 bits, so that an advance is one instruction
 
   __device__ __forceinline__ TileCopier(const char* first, int64_t token_step) {
     source = first + threadIdx.x / Tile::kSlabUnits * token_step + threadIdx.x % Tile::kSlabUnits * 16;
-    step = int(token_step) * kRowStep;
   }
 
+  // Bytes between the rows of a thread: 32 bits, so that an advance is one instruction.
+  static __device__ __forceinline__ int row_step(int64_t token_step) { return int(token_step) * kRowStep; }
+
   // rows: how many of the tile exist; the others become zeros (what lies there may be NaN).
-  __device__ __forceinline__ void copy(uint32_t tile, int rows) {
+  __device__ __forceinline__ void copy(uint32_t tile, int rows, int step) {
     const int thread = not_before(threadIdx.x), row = thread / Tile::kSlabUnits;
     const uint32_t destination = tile + Tile::slab_offset(row, thread % Tile::kSlabUnits);
     if (rows >= Config::kTileKeys) {
@@ -168,6 +169,8 @@ __device__ __forceinline__ void load_queries(const AttentionProblem& p, const Qu
 template <class Config>
 struct WarpRows {
   using T = typename Config::Element;
+  using KAddresses = BlockAddresses<typename Config::KVTile, true>;
+  using VAddresses = BlockAddresses<typename Config::KVTile, false>;
   static constexpr int kRowBlocks = Config::kRowBlocks, kRows = 2 * kRowBlocks;  // rows of a thread
   static constexpr int kKeyUnits = Config::kTileKeys / 8, kColumnUnits = Config::kHeadDim / 8;
 
@@ -175,23 +178,23 @@ struct WarpRows {
   SoftmaxState<kRows> softmax;
 
   static __device__ __forceinline__ void scores(float (&s)[kRowBlocks][kKeyUnits][4],
-                                                const BlockAddresses<typename Config::KVTile>& sK) {
-    // Where the warp's queries lie from the keys: added for every tile, which costs less than registers to keep.
+                                                const KAddresses& sK, const VAddresses& sV) {
+    // Where the warp's queries lie from the values: added for every tile, which costs less than registers to keep.
     const uint32_t warp = not_before(threadIdx.x) / 32 * 16 * kRowBlocks * Config::QTile::kRowBytes;
-    const uint32_t to_q = warp + Config::kSharedQ - Config::kSharedK;
+    const uint32_t to_q = warp + Config::kSharedQ - Config::kSharedV;
 #pragma unroll
     for (int c = 0; c < Config::kHeadDim / 16; ++c) {
       uint32_t q[kRowBlocks][4];
 #pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) ldmatrix(q[m], sK.template at_other<typename Config::QTile>(to_q, 16 * m, c));
+      for (int m = 0; m < kRowBlocks; ++m) ldmatrix(q[m], sV.template at_other<typename Config::QTile>(to_q, 16 * m, c));
 #pragma unroll
       for (int n = 0; n < kKeyUnits; n += 2) {
         uint32_t k[4];
         ldmatrix(k, sK.at(8 * n, c));
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
-          mma<T>(s[m][n], q[m], k[0], k[2]);
-          mma<T>(s[m][n + 1], q[m], k[1], k[3]);
+          mma<T>(s[m][n], q[m], k[0], k[1]);
+          mma<T>(s[m][n + 1], q[m], k[2], k[3]);
         }
       }
     }
@@ -220,9 +223,9 @@ struct WarpRows {
     }
   }
 
-  // out += exp2(s) * V, sixteen keys at a time; sK: addresses of the keys' tile.
+  // out += exp2(s) * V, sixteen keys at a time.
   __device__ __forceinline__ void accumulate(const float (&s)[kRowBlocks][kKeyUnits][4],
-                                             const BlockAddresses<typename Config::KVTile>& sK, float scale2) {
+                                             const VAddresses& sV, float scale2) {
 #pragma unroll
     for (int n = 0; n < kKeyUnits; n += 2) {
       uint32_t p[kRowBlocks][4];
@@ -241,7 +244,7 @@ struct WarpRows {
 #pragma unroll
       for (int c = 0; c < Config::kHeadDim / 16; ++c) {
         uint32_t v[4];
-        ldmatrix_transposed(v, sK.at(8 * n, c) + Config::kKToV);
+        ldmatrix_transposed(v, sV.at(8 * n, c));
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
           mma<T>(rOut[m][2 * c], p[m], v[0], v[1]);

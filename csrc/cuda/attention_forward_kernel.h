@@ -4,24 +4,18 @@
 
 namespace rfkernels::cuda {
 
-// What the main loop looks at once a tile waits in shared memory: its registers are all taken.
-struct Bounds {
-  int first_full, last_full;  // tiles that begin between these are seen by every row
-  int part;
-};
+// What the main loop needs of a segment once a tile or less waits in shared memory: its registers are all taken. Tiles that
+// begin between kFirstFull and kLastFull are seen by every row.
+enum KeptInShared { kFirstFull = 0, kLastFull = 4, kPart = 8, kKStep = 12, kVStep = 16 };
 
-__device__ __forceinline__ void keep_bounds(uint32_t sBounds, Bounds b) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %3};" ::"r"(sBounds), "r"(b.first_full), "r"(b.last_full), "r"(b.part)
-               : "memory");
+__device__ __forceinline__ void put_shared(uint32_t address, int x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
-__device__ __forceinline__ Bounds kept_bounds(uint32_t sBounds) {
-  Bounds b;
-  int unused;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(b.first_full), "=r"(b.last_full), "=r"(b.part), "=r"(unused)
-               : "r"(sBounds));
-  return b;
+__device__ __forceinline__ int get_shared(uint32_t address) {
+  int x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address));
+  return x;
 }
 
 // Sets scores of keys that a row does not see to -inf: tiles at the edge of a segment only.
@@ -103,44 +97,50 @@ __device__ __forceinline__ void attention_forward(const ForwardParams& params) {
   const uint32_t base = uint32_t(__cvta_generic_to_shared(shared));
   const uint32_t sQ = base + Config::kSharedQ;
   const AttentionProblem& p = params.problem;
-  // A scale of zero still has to keep what is unseen at -inf.
-  const float scale2 = fmaxf(fabsf(p.scale) * kLog2E, 1e-30f);
 
-  const BlockAddresses<typename Config::KVTile> k_blocks(base + Config::kSharedK, threadIdx.x % 32);
+  const typename WarpRows<Config>::KAddresses k_blocks(base + Config::kSharedK, threadIdx.x % 32);
+  const typename WarpRows<Config>::VAddresses v_blocks(base + Config::kSharedV, threadIdx.x % 32);
   WarpRows<Config> rows;
 
-  const int parts = p.use == Use::kPrefix ? 1 : 2;
 #pragma unroll 1
-  for (int part = 0; part < parts; ++part) {
+  for (int part = 0; part < (p.use == Use::kPrefix ? 1 : 2); ++part) {
     const QueryTile tile(params, Config::kTileRows);
     const KeySegment keys(params, tile, part, Config::kTileKeys);
     if (keys.begin >= keys.end) continue;
     // Sinks outside the window meet the queries in another rotation. Without a rope that turn changes nothing.
     const bool for_sinks = part == 1 && p.use == Use::kWindow;
     if (part > 0) __syncthreads();  // every warp is done with the last segment
-    const uint32_t sBounds = base + Config::kSharedBounds;
-    if (threadIdx.x == 0) keep_bounds(sBounds, {keys.full_begin, keys.full_end - Config::kTileKeys, part});
+    const uint32_t sKept = base + Config::kSharedKept;
     const uint32_t sK = base + Config::kSharedK, sV = base + Config::kSharedV;
     TileCopier<Config> copy_k(keys.k, keys.k_step), copy_v(keys.v, keys.v_step);
-    copy_k.copy(sK, keys.end - keys.begin);
+    if (threadIdx.x == 0) {
+      put_shared(sKept + kFirstFull, keys.full_begin);
+      put_shared(sKept + kLastFull, keys.full_end - Config::kTileKeys);
+      put_shared(sKept + kPart, part);
+      put_shared(sKept + kKStep, TileCopier<Config>::row_step(keys.k_step));
+      put_shared(sKept + kVStep, TileCopier<Config>::row_step(keys.v_step));
+    }
+    copy_k.copy(sK, keys.end - keys.begin, TileCopier<Config>::row_step(keys.k_step));
     load_queries<Config>(p, tile, sQ, for_sinks);
 #pragma unroll 1
     for (int key = keys.begin; key < keys.end; key += Config::kTileKeys) {
       wait_copies<0>();
       __syncthreads();  // keys (and queries) are there; every warp is done with the last values
-      copy_v.copy(sV, keys.end - key);
+      copy_v.copy(sV, keys.end - key, get_shared(sKept + kVStep));
       float scores[Config::kRowBlocks][Config::kTileKeys / 8][4] = {};
-      rows.scores(scores, k_blocks);
-      const Bounds bounds = kept_bounds(sBounds);
-      if (key < bounds.first_full || key > bounds.last_full)
-        hide_unseen<Config>(scores, params, keys, bounds.part, key);
+      rows.scores(scores, k_blocks, v_blocks);
+      // A scale of zero still has to keep what is unseen at -inf.
+      const float scale2 = fmaxf(fabsf(p.scale) * kLog2E, 1e-30f);
+      if (key < get_shared(sKept + kFirstFull) || key > get_shared(sKept + kLastFull))
+        hide_unseen<Config>(scores, params, keys, get_shared(sKept + kPart), key);
       rows.raise(scores, scale2);
       wait_copies<0>();
       __syncthreads();  // values are there; every warp is done with the keys
-      if (key + Config::kTileKeys < keys.end) copy_k.copy(sK, keys.end - key - Config::kTileKeys);
-      rows.accumulate(scores, k_blocks, scale2);
+      if (key + Config::kTileKeys < keys.end)
+        copy_k.copy(sK, keys.end - key - Config::kTileKeys, get_shared(sKept + kKStep));
+      rows.accumulate(scores, v_blocks, scale2);
     }
-    part = kept_bounds(sBounds).part;
+    part = get_shared(sKept + kPart);
   }
   rows.softmax.finish();
   store(rows, params, sQ);

@@ -31,7 +31,7 @@ inline ForwardPlan plan_forward(ElementType type, int head_dim, int batch, int h
   plan.tile_rows = 128;
   plan.tile_keys = plan.small || head_dim == 256 ? 32 : 64;
   plan.threads = head_dim == 256 ? 256 : 128;
-  plan.shared_bytes = 2 * head_dim * (plan.tile_rows + 2 * plan.tile_keys) + 16;
+  plan.shared_bytes = 2 * head_dim * (plan.tile_rows + 2 * plan.tile_keys) + 32;
   plan.row_blocks = (queries + plan.tile_rows - 1) / plan.tile_rows;
   plan.blocks = int64_t(plan.row_blocks) * heads * batch;
   // As many shares of the keys as fill one wave, each with two tiles or more.
