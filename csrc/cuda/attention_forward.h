@@ -11,8 +11,8 @@
 
 namespace rfkernels::cuda {
 
-// x, but nothing that depends on it may be computed before this point: the compiler would otherwise move what is constant
-// out of the loop and keep it in registers that the loop has no room for.
+// x, but nothing that depends on it may be computed before this point: the compiler would otherwise move what is
+// constant out of the loop and keep it in registers that the loop has no room for.
 __device__ __forceinline__ int not_before(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -130,7 +130,8 @@ __device__ __forceinline__ void store4(uint32_t shared, const float (&x)[4], flo
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(low), "r"(high) : "memory");
 }
 
-// Queries to shared memory: read once, rotated at their frame (less `evicted` ones for sinks outside the window), rounded.
+// Queries to shared memory: read once, rotated at their frame (less `evicted` ones for sinks outside the window),
+// rounded.
 template <class Config>
 __device__ __forceinline__ void load_queries(const AttentionProblem& p, const QueryTile& tile, uint32_t sQ,
                                              bool for_sinks) {
@@ -177,8 +178,8 @@ struct WarpRows {
   float rOut[kRowBlocks][kColumnUnits][4] = {};
   SoftmaxState<kRows> softmax;
 
-  static __device__ __forceinline__ void scores(float (&s)[kRowBlocks][kKeyUnits][4],
-                                                const KAddresses& sK, const VAddresses& sV) {
+  static __device__ __forceinline__ void scores(float (&s)[kRowBlocks][kKeyUnits][4], const KAddresses& sK,
+                                                const VAddresses& sV) {
     // Where the warp's queries lie from the values: added for every tile, which costs less than registers to keep.
     const uint32_t warp = not_before(threadIdx.x) / 32 * 16 * kRowBlocks * Config::QTile::kRowBytes;
     const uint32_t to_q = warp + Config::kSharedQ - Config::kSharedV;
@@ -186,7 +187,8 @@ struct WarpRows {
     for (int c = 0; c < Config::kHeadDim / 16; ++c) {
       uint32_t q[kRowBlocks][4];
 #pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) ldmatrix(q[m], sV.template at_other<typename Config::QTile>(to_q, 16 * m, c));
+      for (int m = 0; m < kRowBlocks; ++m)
+        ldmatrix(q[m], sV.template at_other<typename Config::QTile>(to_q, 16 * m, c));
 #pragma unroll
       for (int n = 0; n < kKeyUnits; n += 2) {
         uint32_t k[4];
@@ -224,8 +226,8 @@ struct WarpRows {
   }
 
   // out += exp2(s) * V, sixteen keys at a time.
-  __device__ __forceinline__ void accumulate(const float (&s)[kRowBlocks][kKeyUnits][4],
-                                             const VAddresses& sV, float scale2) {
+  __device__ __forceinline__ void accumulate(const float (&s)[kRowBlocks][kKeyUnits][4], const VAddresses& sV,
+                                             float scale2) {
 #pragma unroll
     for (int n = 0; n < kKeyUnits; n += 2) {
       uint32_t p[kRowBlocks][4];

@@ -4,8 +4,8 @@
 
 namespace rfkernels::cuda {
 
-// What the main loop needs of a segment once a tile or less waits in shared memory: its registers are all taken. Tiles that
-// begin between kFirstFull and kLastFull are seen by every row.
+// What the main loop needs of a segment once a tile or less waits in shared memory: its registers are all taken. Tiles
+// that begin between kFirstFull and kLastFull are seen by every row.
 enum KeptInShared { kFirstFull = 0, kLastFull = 4, kPart = 8, kKStep = 12, kVStep = 16 };
 
 __device__ __forceinline__ void put_shared(uint32_t address, int x) {
@@ -61,7 +61,8 @@ __device__ __forceinline__ void store(const WarpRows<Config>& rows, const Forwar
       params.lse[(place * p.heads + tile.head) * p.queries + row] = exists ? rows.softmax.lse(r) : kUnseen;
     const auto value = [&](int n, int i) { return exists ? rows.rOut[r / 2][n][r % 2 * 2 + i] * normaliser : 0.0f; };
     if (params.splits > 1) {
-      float* part = static_cast<float*>(params.out) + ((place * p.queries + row) * p.heads + tile.head) * Config::kHeadDim;
+      float* part =
+          static_cast<float*>(params.out) + ((place * p.queries + row) * p.heads + tile.head) * Config::kHeadDim;
       if (row <= tile.last_row) {
 #pragma unroll
         for (int n = 0; n < Config::kHeadDim / 8; ++n)
@@ -150,8 +151,8 @@ __device__ __forceinline__ void attention_forward(const ForwardParams& params) {
 
 // One entry per head size and type, in a file of its own so that they compile side by side. Readable names: the host's
 // table and the emulator refer to a kernel by them.
-#define RF_ATTENTION_FORWARD(name, ...)                                                         \
+#define RF_ATTENTION_FORWARD(name, ...)                                                          \
   extern "C" __global__ void __launch_bounds__(__VA_ARGS__::kThreads, __VA_ARGS__::kBlocksPerSM) \
-      name(const __grid_constant__ rfkernels::cuda::ForwardParams params) {                     \
-    rfkernels::cuda::attention_forward<__VA_ARGS__>(params);                                    \
+      name(const __grid_constant__ rfkernels::cuda::ForwardParams params) {                      \
+    rfkernels::cuda::attention_forward<__VA_ARGS__>(params);                                     \
   }

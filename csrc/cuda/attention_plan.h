@@ -8,13 +8,13 @@
 namespace rfkernels::cuda {
 
 struct ForwardPlan {
-  ElementType type;        // kernel rf_attention_forward_{fp16,bf16}_d{head_dim}, with suffix _k32 if small
+  ElementType type;  // kernel rf_attention_forward_{fp16,bf16}_d{head_dim}, with suffix _k32 if small
   int32_t head_dim;
-  bool small;              // half the keys of a tile
+  bool small;  // half the keys of a tile
   int32_t tile_rows, tile_keys, threads, shared_bytes;
-  int32_t row_blocks;      // ForwardParams::row_blocks
-  int32_t splits;          // ForwardParams::splits; more than one: the merge kernel follows
-  int64_t blocks;          // gridDim.x; gridDim.y = splits
+  int32_t row_blocks;  // ForwardParams::row_blocks
+  int32_t splits;      // ForwardParams::splits; more than one: the merge kernel follows
+  int64_t blocks;      // gridDim.x; gridDim.y = splits
 };
 
 inline bool forward_serves(ElementType type, int head_dim) {

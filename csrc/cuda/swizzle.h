@@ -1,9 +1,9 @@
 // A [kRows, kColumns] tile of 16-bit elements in shared memory, without bank conflicts for rows of any head size.
 //
 // The tile is cut into slabs of columns, the widest power of two up to 64 that divides kColumns (128 bytes, all banks);
-// a slab holds its rows one after another. Within a slab the 16-byte units of a row are permuted by XOR with the row, so
-// that eight rows of one unit (a matrix of ldmatrix) lie in different banks: for 8 units a row by row % 8, for 4 units,
-// two rows to 128 bytes, by row / 2 % 4, and so on.
+// a slab holds its rows one after another. Within a slab the 16-byte units of a row are permuted by XOR with the row,
+// so that eight rows of one unit (a matrix of ldmatrix) lie in different banks: for 8 units a row by row % 8, for 4
+// units, two rows to 128 bytes, by row / 2 % 4, and so on.
 #pragma once
 #include <cstdint>
 
@@ -30,9 +30,9 @@ struct SharedTile {
 };
 
 // Addresses of ldmatrix for 16 x 16 blocks of a tile. By columns, matrices come as (top left, bottom left, top right,
-// bottom right): an `a` of mma, or, transposed, two `b`. By rows as (top left, top right, bottom left, bottom right): two `b`
-// whose two registers are neighbours, as mma wants them (else each costs a move). kVariants registers hold what the permutation makes irregular; rows and
-// slabs are constant offsets from them.
+// bottom right): an `a` of mma, or, transposed, two `b`. By rows as (top left, top right, bottom left, bottom right):
+// two `b` whose two registers are neighbours, as mma wants them (else each costs a move). kVariants registers hold what
+// the permutation makes irregular; rows and slabs are constant offsets from them.
 template <class Tile, bool kByRows>
 struct BlockAddresses {
   static constexpr int kVariants = Tile::kSlabUnits / 2;
