@@ -34,6 +34,18 @@ def shape(name: str, x: torch.Tensor, **sizes: int | None) -> None:
         raise ValueError(f"{name} must be [{layout}], got shape {tuple(x.shape)}")
 
 
+def mask(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``value``, a bool tensor, broadcast to ``like``."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+    if value.device != like.device:
+        raise ValueError(f"mask must be on {like.device}, got {value.device}")
+    try:
+        return value.expand(like.shape)
+    except RuntimeError:
+        raise ValueError(f"mask must broadcast to {tuple(like.shape)}, got {tuple(value.shape)}") from None
+
+
 def heads(q: torch.Tensor, kv_heads: int) -> None:
     if q.shape[2] == 0 or q.shape[2] % kv_heads:
         raise ValueError(f"q must have a multiple of {kv_heads} heads (the key heads), got {q.shape[2]}")
