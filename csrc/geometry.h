@@ -63,8 +63,9 @@ struct WindowMask {
   bool own_chunk;              // false: a query does not see its own chunk
 
   RF_HOST_DEVICE int64_t chunk_end(int64_t i) const {
-    return i < first_chunk_tokens ? first_chunk_tokens
-                                  : first_chunk_tokens + (quotient(i - first_chunk_tokens, chunk_tokens) + 1) * chunk_tokens;
+    return i < first_chunk_tokens
+               ? first_chunk_tokens
+               : first_chunk_tokens + (quotient(i - first_chunk_tokens, chunk_tokens) + 1) * chunk_tokens;
   }
 
   RF_HOST_DEVICE int64_t chunk_begin(int64_t i) const {

@@ -37,10 +37,10 @@ __device__ __forceinline__ void attention_merge(const MergeParams& p) {
 
 }  // namespace rfkernels::cuda
 
-#define RF_ATTENTION_MERGE(name, T)                                                                    \
-  extern "C" __global__ void __launch_bounds__(32 * rfkernels::cuda::kMergeWarps)                      \
-      name(const __grid_constant__ rfkernels::cuda::MergeParams params) {                              \
-    rfkernels::cuda::attention_merge<T>(params);                                                       \
+#define RF_ATTENTION_MERGE(name, T)                                               \
+  extern "C" __global__ void __launch_bounds__(32 * rfkernels::cuda::kMergeWarps) \
+      name(const __grid_constant__ rfkernels::cuda::MergeParams params) {         \
+    rfkernels::cuda::attention_merge<T>(params);                                  \
   }
 
 RF_ATTENTION_MERGE(rf_attention_merge_bf16, rfkernels::cuda::BFloat16)

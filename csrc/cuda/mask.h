@@ -1,7 +1,8 @@
 // The visibility rule of full-sequence attention as ranges (the rule itself: WindowMask in geometry.h).
 //
-// Query i sees two ranges of keys, those of its window and the sinks outside it; key j is seen by two ranges of queries.
-// All bounds grow with the index, so a tile's union and its fully visible part follow from its first and last row.
+// Query i sees two ranges of keys, those of its window and the sinks outside it; key j is seen by two ranges of
+// queries. All bounds grow with the index, so a tile's union and its fully visible part follow from its first and last
+// row.
 #pragma once
 #include "../geometry.h"
 
