@@ -24,17 +24,20 @@ struct PhaseCache {
   float cos[8], sin[8];
   int frame = INT32_MIN;
 
-  __device__ __forceinline__ void set(const QueryRope& rope, int first_pair, int pairs, int new_frame, int token) {
-    if (new_frame != frame) {
-      frame = new_frame;
+  __device__ __forceinline__ void set_frame(const QueryRope& rope, int first_pair, int new_frame) {
+    if (new_frame == frame) return;
+    frame = new_frame;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (first_pair + i >= rope.frame_pairs) break;
-        double turns = double(frame) * rope.frame_turns[first_pair + i];
-        turns -= rint(turns);
-        sincos_turns(float(turns), sin[i], cos[i]);
-      }
+    for (int i = 0; i < 8; ++i) {
+      if (first_pair + i >= rope.frame_pairs) break;
+      double turns = double(frame) * rope.frame_turns[first_pair + i];
+      turns -= rint(turns);
+      sincos_turns(float(turns), sin[i], cos[i]);
     }
+  }
+
+  __device__ __forceinline__ void set(const QueryRope& rope, int first_pair, int pairs, int new_frame, int token) {
+    set_frame(rope, first_pair, new_frame);
     const float* table = rope.spatial + 2 * int64_t(token) * (pairs - rope.frame_pairs);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {

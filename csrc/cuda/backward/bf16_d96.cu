@@ -1,0 +1,3 @@
+#include "../attention_backward_kernel.h"
+
+RF_ATTENTION_BACKWARD(bf16_d96, rfkernels::cuda::BFloat16, 96)

@@ -1,0 +1,3 @@
+#include "../attention_backward_kernel.h"
+
+RF_ATTENTION_BACKWARD(fp16_d256, rfkernels::cuda::Half, 256)
