@@ -37,14 +37,18 @@ struct BackwardConfig {
   static_assert(kParts == 1 || kHeadDim / kParts % 64 == 0, "whole slabs");
 };
 
-// Copies `count` rows of a tensor; the tile's other rows become zeros (what lies there may be NaN).
+// Copies `count` rows of a tensor; the tile's other rows become zeros (what lies there may be NaN). Neighbouring threads
+// fill neighbouring units of a slab.
 template <class Config, class Tile>
 __device__ __forceinline__ void copy_rows(uint32_t tile, const char* source, int64_t step, int count) {
+  constexpr int kSlabSize = Tile::kRows * Tile::kSlabUnits, kSize = kSlabSize * Tile::kSlabs;
 #pragma unroll
-  for (int first = 0; first < Tile::kRows * Tile::kUnits; first += Config::kThreads) {
-    const int i = first + threadIdx.x, row = i / Tile::kUnits, unit = i % Tile::kUnits;
-    if (Tile::kRows * Tile::kUnits % Config::kThreads != 0 && row >= Tile::kRows) break;
-    copy_async_or_zero(tile + Tile::offset(row, unit), source + row * step + unit * 16, row < count);
+  for (int first = 0; first < kSize; first += Config::kThreads) {
+    const int i = first + threadIdx.x, slab = i / kSlabSize, row = i % kSlabSize / Tile::kSlabUnits;
+    const int unit = i % Tile::kSlabUnits;
+    if (kSize % Config::kThreads != 0 && slab >= Tile::kSlabs) break;
+    copy_async_or_zero(tile + slab * Tile::kSlabBytes + Tile::slab_offset(row, unit),
+                       source + row * step + (slab * Tile::kSlabUnits + unit) * 16, row < count);
   }
 }
 

@@ -46,7 +46,7 @@ struct BackwardTiles {
 constexpr BackwardTiles grad_q_tiles(int head_dim) {
   return head_dim <= 64    ? BackwardTiles{2, 4, 1, 32}
          : head_dim <= 128 ? BackwardTiles{1, 8, 1, 32}
-                           : BackwardTiles{1, 4, 1, 16};
+                           : BackwardTiles{1, 8, 2, 16};  // 256 columns a warp would spill
 }
 
 constexpr BackwardTiles grad_kv_tiles(int head_dim) {

@@ -54,7 +54,8 @@ struct ThreadRows {
 template <class Config>
 __device__ __forceinline__ void grad_q_step(typename Config::Accumulator& sum, const AttentionProblem& p,
                                             const ThreadRows<Config>& rows, const SweptKeys& keys, int part, int row,
-                                            int last_row, int key, const BlockAddresses<typename Config::OwnTile>& own,
+                                            int last_row, int key, int column_part,
+                                            const BlockAddresses<typename Config::OwnTile>& own,
                                             const BlockAddresses<typename Config::SweptTile>& swept) {
   const float scale2 = p.scale * kLog2E;
   typename Config::Scores w = {}, grad = {};
@@ -81,7 +82,7 @@ __device__ __forceinline__ void grad_q_step(typename Config::Accumulator& sum, c
     for (int n = 0; n < Config::kUnits; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) w[m][n][i] *= grad[m][n][i] - rows.delta[2 * m + i / 2];
-  accumulate<Config, 0>(sum, w, swept, 0);
+  accumulate<Config, 0>(sum, w, swept, column_part);
 }
 
 // Queries met the sinks outside their window at a frame earlier by the evicted ones: turns what they gathered there on by
@@ -115,7 +116,8 @@ __device__ __forceinline__ void attention_grad_q(const BackwardParams& params) {
   const int blocks = (p.queries + Config::kOwn - 1) / Config::kOwn;
   const int head = blockIdx.x / blocks % p.heads, sample = blockIdx.x / blocks / p.heads;
   const int first_row = blockIdx.x % blocks * Config::kOwn, last_row = min(first_row + Config::kOwn, p.queries) - 1;
-  const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * Config::kRowBlocks;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column_part = warp % Config::kParts;
+  const int warp_row = warp / Config::kParts * 16 * Config::kRowBlocks;
   const int row = first_row + warp_row + lane / 4;
 
   const BlockAddresses<typename Config::OwnTile> own(base + warp_row * Config::OwnTile::kRowBytes, lane);
@@ -153,15 +155,15 @@ __device__ __forceinline__ void attention_grad_q(const BackwardParams& params) {
       if (key + Config::kSwept < keys.end) copy_keys(key + Config::kSwept, stage ^ 1);
       const BlockAddresses<typename Config::SweptTile> swept(base + Config::kSharedSwept + stage * Config::kStageBytes,
                                                              lane);
-      grad_q_step<Config>(sum, p, rows, keys, part, row, last_row, key, own, swept);
+      grad_q_step<Config>(sum, p, rows, keys, part, row, last_row, key, column_part, own, swept);
     }
     if (sinks && p.rope.frame_turns != nullptr) {
       __syncthreads();
-      result.template exchange<true>(sum, warp_row, 0);
+      result.template exchange<true>(sum, warp_row, column_part);
       __syncthreads();
       turn_by_evicted(result, p, first_row, last_row);
       __syncthreads();
-      result.template exchange<false>(sum, warp_row, 0);
+      result.template exchange<false>(sum, warp_row, column_part);
     }
   }
 
@@ -175,7 +177,7 @@ __device__ __forceinline__ void attention_grad_q(const BackwardParams& params) {
         x = rows.lse2[r] == -kUnseen ? 0.0f : x * p.scale;  // a query that nobody answered may be NaN
       }
   __syncthreads();
-  result.template exchange<true>(sum, warp_row, 0);
+  result.template exchange<true>(sum, warp_row, column_part);
   __syncthreads();
   const bool window = p.use == Use::kWindow;
   const int first_frame = window ? 0 : int(p.num_frames[sample]) - p.queries / int(p.frame_tokens);
