@@ -5,6 +5,8 @@
 
 #if defined(__CUDACC__)
 #define RF_HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define RF_HOST_DEVICE inline __attribute__((always_inline))
 #else
 #define RF_HOST_DEVICE inline
 #endif

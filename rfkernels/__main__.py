@@ -38,7 +38,11 @@ def info(args: argparse.Namespace) -> int:
         rows["compiled kernels"] = (
             f"CPU, by {_C.compiler}, built against torch {_C.torch_version}, for torch >= {_C.torch_target}"
         )
-        rows["CUDA kernels"] = f"CUDA {_C.cuda}" if _C.cuda else f"none: {_C.cuda_reason}"
+        rows["CUDA kernels"] = (
+            f"CUDA {_C.cuda}, for {_C.cuda_architectures}, attention with head_dim {_C.cuda_head_dims}"
+            if _C.cuda
+            else f"none: {_C.cuda_reason}"
+        )
     else:
         rows["compiled kernels"] = f"none: {native.missing}"
     for name, text in rows.items():

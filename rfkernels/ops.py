@@ -42,6 +42,11 @@ _NATIVE_SCHEMAS = {
     "bool half_split, bool inverse, ScalarType dtype) -> Tensor",
     "streaming_attention": f"({_STREAM}) -> (Tensor out, Tensor lse)",
     "redmd_loss": f"({_LOSS}) -> (Tensor loss, Tensor grad)",
+    # CUDA only. num_frames: keys are a cache's prefix, or with own_k, own_v a past and the open chunk's own; without
+    # num_frames a full sequence under the mask. q comes un-rotated, keys rotated.
+    "attention_forward": "(Tensor q, Tensor k, Tensor v, Tensor? own_k, Tensor? own_v, Tensor? num_frames, "
+    "int frame_tokens, int capacity, int sink_tokens, int window_tokens, int chunk_tokens, int first_chunk_tokens, "
+    f"bool own_chunk, {_ROPE}, float scale) -> (Tensor out, Tensor lse)",
 }
 _SCHEMAS = {
     "begin_chunk": f"({_BEGIN}, str backend) -> ()",
@@ -193,6 +198,7 @@ for _name, _fake in {
     "rfkernels_native::rotate": lambda x, *rest: x.new_empty(x.shape, dtype=rest[-1]),
     "rfkernels_native::streaming_attention": lambda q, new_k, new_v, k, *rest: _attention_fake(q, k.dtype),
     "rfkernels_native::redmd_loss": _redmd_loss_fake,
+    "rfkernels_native::attention_forward": lambda q, k, *_: _attention_fake(q, k.dtype),
 }.items():
     torch.library.register_fake(_name, _fake)
 

@@ -3,9 +3,9 @@
 import budget
 import pytest
 import torch
-from cuda.launch import forward
 
 import rfkernels as rf
+from cuda.launch import forward
 from rfkernels import reference
 from rfkernels.arguments import Past
 from rfkernels.geometry import CacheGeometry, WindowMask

@@ -1,0 +1,173 @@
+// Attention forward on CUDA: chooses a kernel and a number of splits, fills in the parameters, launches.
+#include <algorithm>
+#include <tuple>
+
+#include "cuda/attention_params.h"
+#include "cuda/host.h"
+
+// A kernel is a line here and one in kForward.
+#define RF_FORWARD_KERNELS(X)           \
+  X(rf_attention_forward_fp16_d64)      \
+  X(rf_attention_forward_fp16_d80)      \
+  X(rf_attention_forward_fp16_d96)      \
+  X(rf_attention_forward_fp16_d128)     \
+  X(rf_attention_forward_fp16_d128_k32) \
+  X(rf_attention_forward_fp16_d256)     \
+  X(rf_attention_forward_bf16_d64)      \
+  X(rf_attention_forward_bf16_d80)      \
+  X(rf_attention_forward_bf16_d96)      \
+  X(rf_attention_forward_bf16_d128)     \
+  X(rf_attention_forward_bf16_d128_k32) \
+  X(rf_attention_forward_bf16_d256)     \
+  X(rf_attention_merge_fp16)            \
+  X(rf_attention_merge_bf16)
+RF_FORWARD_KERNELS(RF_DECLARE_KERNEL)
+
+namespace rfkernels::cuda {
+namespace {
+
+constexpr int kTileRows = 128, kMergeRows = 8, kMergeThreads = 256, kMaxSplits = 16;
+constexpr int kSmallShared = 128 * 1024;  // sm_86, sm_89 and sm_120 have 100 KB, the others 164 KB and more
+
+// As the ForwardConfig of attention_forward_config.h says.
+struct ForwardKernel {
+  Kernel kernel;
+  DType dtype;
+  int head_dim, keys, threads;
+  bool small;  // made for multiprocessors of 100 KB
+
+  int shared_bytes() const { return (kTileRows + 2 * keys) * head_dim * 2; }
+};
+
+// The first row that fits serves.
+const ForwardKernel kForward[] = {
+    {RF_KERNEL(rf_attention_forward_fp16_d64), DType::Float16, 64, 64, 128, false},
+    {RF_KERNEL(rf_attention_forward_fp16_d80), DType::Float16, 80, 64, 128, false},
+    {RF_KERNEL(rf_attention_forward_fp16_d96), DType::Float16, 96, 64, 128, false},
+    {RF_KERNEL(rf_attention_forward_fp16_d128_k32), DType::Float16, 128, 32, 128, true},
+    {RF_KERNEL(rf_attention_forward_fp16_d128), DType::Float16, 128, 64, 128, false},
+    {RF_KERNEL(rf_attention_forward_fp16_d256), DType::Float16, 256, 32, 256, false},
+    {RF_KERNEL(rf_attention_forward_bf16_d64), DType::BFloat16, 64, 64, 128, false},
+    {RF_KERNEL(rf_attention_forward_bf16_d80), DType::BFloat16, 80, 64, 128, false},
+    {RF_KERNEL(rf_attention_forward_bf16_d96), DType::BFloat16, 96, 64, 128, false},
+    {RF_KERNEL(rf_attention_forward_bf16_d128_k32), DType::BFloat16, 128, 32, 128, true},
+    {RF_KERNEL(rf_attention_forward_bf16_d128), DType::BFloat16, 128, 64, 128, false},
+    {RF_KERNEL(rf_attention_forward_bf16_d256), DType::BFloat16, 256, 32, 256, false},
+};
+
+const ForwardKernel& forward_kernel(const Tensor& k, int64_t head_dim) {
+  const DType dtype = dtype_of(k);
+  for (const ForwardKernel& row : kForward)
+    if (row.dtype == dtype && row.head_dim == head_dim && (!row.small || shared_memory(k) < kSmallShared) &&
+        available(row.kernel))
+      return row;
+  STD_TORCH_CHECK(false, "no CUDA attention kernel was compiled in for this dtype and head_dim ", head_dim);
+}
+
+Rows rows(const TensorView& x) {
+  const int64_t item = item_size(x.dtype);
+  STD_TORCH_CHECK(!x || x.aligned, "attention needs rows that begin at multiples of 16 bytes");
+  return {x.data, x.batch_stride / item, x.token_stride / item, x.head_stride / item};
+}
+
+ElementType element_type(DType dtype) {
+  return dtype == DType::Float16    ? ElementType::kFloat16
+         : dtype == DType::BFloat16 ? ElementType::kBFloat16
+                                    : ElementType::kFloat32;
+}
+
+// As many blocks as fill the device once share the keys of a tile of queries, each with two tiles of keys or more.
+int64_t splits_of(int64_t blocks, int64_t keys, const ForwardKernel& kernel, const Tensor& x) {
+  const int64_t resident = int64_t(processors(x)) * (kernel.head_dim <= 128 ? 2 : 1);
+  return std::max<int64_t>(
+      1, std::min({resident / std::max<int64_t>(1, blocks), keys / (2 * kernel.keys), int64_t(kMaxSplits)}));
+}
+
+std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, OptionalTensor own_k, OptionalTensor own_v,
+                                             OptionalTensor num_frames, int64_t frame_tokens, int64_t capacity,
+                                             int64_t sink_tokens, int64_t window_tokens, int64_t chunk_tokens,
+                                             int64_t first_chunk_tokens, bool own_chunk, OptionalTensor frame_turns,
+                                             OptionalTensor spatial, bool half_split, double scale) {
+  const TensorView vq = view(q, k), vk = view(k, k), vv = view(v, k), vok = view(own_k, k), vov = view(own_v, k);
+  const auto like_k = [&](const TensorView& x, int64_t tokens) {
+    return x.dtype == vk.dtype && x.batch == vk.batch && x.heads == vk.heads && x.head_dim == vk.head_dim &&
+           x.tokens == tokens;
+  };
+  check_served(k, vk.head_dim);
+  STD_TORCH_CHECK(vq.dtype != DType::Float64 && vq.batch == vk.batch && vq.head_dim == vk.head_dim && vk.heads > 0 &&
+                      vq.heads % vk.heads == 0 && like_k(vv, vk.tokens),
+                  "q, k and v do not match each other");
+  STD_TORCH_CHECK(own_k.has_value() == own_v.has_value() && (!own_k || num_frames) &&
+                      (!own_k || (like_k(vok, vq.tokens) && like_k(vov, vq.tokens))),
+                  "own_k and own_v must be the chunk's own keys and values, and need num_frames");
+  STD_TORCH_CHECK(frame_tokens > 0 && chunk_tokens > 0 && first_chunk_tokens > 0 && vk.tokens < (int64_t(1) << 31) &&
+                      vq.tokens < (int64_t(1) << 31),
+                  "impossible sizes");
+  const ForwardKernel& kernel = forward_kernel(k, vk.head_dim);
+
+  ForwardParams params{};
+  AttentionProblem& p = params.problem;
+  p.use = !num_frames ? Use::kWindow : own_k ? Use::kChunk : Use::kPrefix;
+  STD_TORCH_CHECK(p.use == Use::kWindow
+                      ? vq.tokens <= vk.tokens
+                      : vq.tokens % frame_tokens == 0 && vk.tokens + vok.tokens >= capacity * frame_tokens,
+                  "queries or keys do not fit the geometry");
+  p.q = rows(vq), p.k = rows(vk), p.v = rows(vv), p.own_k = rows(vok), p.own_v = rows(vov);
+  if (num_frames) p.num_frames = frame_counts(*num_frames, vq.batch, k);
+  if (frame_turns) {
+    check_same_device(*frame_turns, k);
+    const RopeView rope = rope_view(frame_turns, spatial, half_split, frame_tokens, vk.head_dim, DType::Float32);
+    p.rope = {rope.frame_turns, static_cast<const float*>(rope.spatial), int32_t(rope.frame_pairs), half_split};
+  }
+  p.mask = {sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, own_chunk};
+  p.frame_tokens = frame_tokens;
+  p.capacity = capacity;
+  p.batch = int32_t(vq.batch), p.queries = int32_t(vq.tokens), p.keys = int32_t(vk.tokens);
+  p.heads = int32_t(vq.heads), p.kv_heads = int32_t(vk.heads);
+  p.q_type = element_type(vq.dtype);
+  p.scale = float(scale);
+
+  const Tensor out = torch::stable::new_empty(k, q.sizes());
+  const Tensor lse = torch::stable::new_empty(k, {vq.batch, vq.heads, vq.tokens}, ScalarType::Float);
+  if (lse.numel() == 0) return {out, lse};
+  params.row_blocks = int32_t(divide_up(vq.tokens, kTileRows));
+  const int64_t blocks = params.row_blocks * vq.heads * vq.batch;
+  const int64_t longest =
+      p.use == Use::kWindow ? std::min(vk.tokens, sink_tokens + window_tokens) : vk.tokens + vok.tokens;
+  const int64_t splits = splits_of(blocks, longest, kernel, k);
+  params.splits = int32_t(splits);
+  // With splits each writes a result of its own, in float: the only memory beside the outputs.
+  const Tensor parts = splits == 1 ? out
+                                   : torch::stable::new_empty(k, {splits, vq.batch, vq.tokens, vq.heads, vq.head_dim},
+                                                              ScalarType::Float);
+  const Tensor part_lse =
+      splits == 1 ? lse : torch::stable::new_empty(k, {splits, vq.batch, vq.heads, vq.tokens}, ScalarType::Float);
+  params.out = parts.mutable_data_ptr();
+  params.lse = part_lse.mutable_data_ptr<float>();
+  launch(kernel.kernel, {blocks, splits}, kernel.threads, kernel.shared_bytes(), params,
+         present({q, k, v, own_k, own_v, num_frames, frame_turns, spatial}), {parts, part_lse});
+  if (splits > 1) {
+    const MergeParams merge{parts.const_data_ptr<float>(),
+                            part_lse.const_data_ptr<float>(),
+                            out.mutable_data_ptr(),
+                            lse.mutable_data_ptr<float>(),
+                            params.splits,
+                            p.batch,
+                            p.queries,
+                            p.heads,
+                            int32_t(vq.head_dim)};
+    const Kernel join =
+        kernel.dtype == DType::Float16 ? RF_KERNEL(rf_attention_merge_fp16) : RF_KERNEL(rf_attention_merge_bf16);
+    launch(join, {divide_up(vq.batch * vq.tokens * vq.heads, kMergeRows)}, kMergeThreads, 0, merge, {parts, part_lse},
+           {out, lse});
+  }
+  return {out, lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(RF_NAMESPACE, RF_DISPATCH_KEY, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+}
+
+}  // namespace rfkernels::cuda

@@ -1,0 +1,164 @@
+"""The CUDA C++ kernels: NVIDIA GPUs from sm_80 on, where the package was built with nvcc.
+
+Host code and kernels are compiled (csrc/cuda_library.cpp, csrc/cuda/); here arguments are put in order.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import native, reference
+from ..arguments import CacheTensors, Past, open_frames
+from ..geometry import CacheGeometry, WindowMask
+from ..rope import NO_ROPE, RopeTables
+from . import sdpa
+
+_ops = torch.ops.rfkernels_native
+
+_DTYPES = (torch.float16, torch.bfloat16)
+_NO_MASK = (0, 1, 1, 1, True)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why the kernels do not run on ``device``, or None."""
+    if native.cuda_missing is not None:
+        return native.cuda_missing
+    if device.type != "cuda":
+        return f"CUDA kernels are for CUDA devices, not {device.type}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return "needs compute capability 8.0 (A100, RTX 30) or later"
+    if not native.cuda_runs_on(capability):
+        number = f"{capability[0]}.{capability[1]}"
+        return f"built for {native.cuda_architectures}, which a GPU of capability {number} cannot run"
+    return None
+
+
+def refuses(dtype: torch.dtype, head_dim: int | None) -> str | None:
+    """Why the kernels do not serve a dtype and head_dim, or None. head_dim None: the loss, which has none."""
+    if head_dim is None:
+        return None if dtype != torch.float64 else "the CUDA loss serves float16, bfloat16 and float32, got float64"
+    if dtype not in _DTYPES:
+        return f"the CUDA kernels serve float16 and bfloat16 (attention by tensor cores), got {dtype}"
+    if head_dim not in native.cuda_head_dims:
+        return f"the CUDA kernels were built for head_dim {native.cuda_head_dims}, got {head_dim}"
+    return None
+
+
+def yields(device: torch.device) -> str | None:
+    """Why `auto` takes Triton first where both run, or None."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9:
+        return "on Hopper mma.sync reaches about 60 % of the tensor cores' rate, and Triton's kernels use wgmma"
+    return "gradients are computed by torch operations so far"
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def begin_chunk(
+    cache: CacheTensors,
+    num_frames: torch.Tensor,
+    new_frames: int,
+    advancing: torch.Tensor | None,
+    decay: torch.Tensor | None,
+    rope: RopeTables | None,
+    geometry: CacheGeometry,
+    before_window: bool,
+) -> None:
+    _ops.begin_chunk(*cache, num_frames, new_frames, advancing, decay, *(rope or NO_ROPE), *geometry, before_window)
+
+
+def write(
+    cache: CacheTensors,
+    num_frames: torch.Tensor,
+    new_k: torch.Tensor,
+    new_v: torch.Tensor,
+    rope: RopeTables | None,
+    geometry: CacheGeometry,
+) -> None:
+    _ops.write(*cache, num_frames, _rows(new_k), _rows(new_v), *(rope or NO_ROPE), *geometry)
+
+
+def rotate(
+    x: torch.Tensor,
+    frames: torch.Tensor,
+    rope: RopeTables,
+    *,
+    first_token: int = 0,
+    inverse: bool = False,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """`reference.rotate` in one launch; rope is not None."""
+    return _ops.rotate(
+        _rows(x), frames.contiguous(), first_token, rope.frame_tokens, *rope, inverse, dtype,
+    )  # fmt: skip
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def streaming_attention(q, new_k, new_v, cache, num_frames, rope, geometry, scale, full, return_lse):
+    """The pass: one launch that writes, one that attends (and one that merges, where keys are split)."""
+    write(cache, num_frames, new_k, new_v, rope, geometry)
+    return _ops.attention_forward(
+        _aligned(q), cache.k, cache.v, None, None, num_frames, geometry.frame_tokens, geometry.capacity, *_NO_MASK,
+        *(rope or NO_ROPE), scale,
+    )  # fmt: skip
+
+
+def chunk_attention(q, k, v, past: Past, rope: RopeTables | None, geometry: CacheGeometry, scale: float):
+    frames = open_frames(past.num_frames, q.shape[1] // geometry.frame_tokens)
+    own_k = reference.store(k, past.dtype) if rope is None else rotate(k, frames, rope, dtype=past.dtype)
+    own_k, own_v = _aligned(own_k), _aligned(reference.store(v, past.dtype))
+    past_k, past_v = reference.past_tensors(past) if past.k else (own_k[:, :0], own_v[:, :0])
+    return _ops.attention_forward(
+        _aligned(q), past_k, past_v, own_k, own_v, past.num_frames, geometry.frame_tokens, geometry.capacity, *_NO_MASK,
+        *(rope or NO_ROPE), scale,
+    )  # fmt: skip
+
+
+def sink_window_attention(q, k, v, rope: RopeTables | None, mask: WindowMask, scale: float):
+    if rope is None:
+        k, tokens = reference.store(k, v.dtype), 1
+    else:
+        tokens = rope.frame_tokens
+        k = rotate(k, torch.arange(k.shape[1], device=k.device)[None] // tokens, rope, dtype=v.dtype)
+    return _ops.attention_forward(
+        _aligned(q), _aligned(k), _aligned(v), None, None, None, tokens, 0, *mask, *(rope or NO_ROPE), scale
+    )
+
+
+# Gradients: torch operations that recompute the scores from the normaliser, block by block.
+chunk_attention_backward = sdpa.chunk_attention_backward
+sink_window_attention_backward = sdpa.sink_window_attention_backward
+
+
+# --- Re-DMD -----------------------------------------------------------------------------------------------------------
+
+
+def redmd_loss(
+    x, fake, real_cond, real_uncond, fake_uncond, weight, mask, guidance_scale, fake_guidance_scale, need_grad
+):
+    latents = (None if t is None else t.contiguous() for t in (x, fake, real_cond, real_uncond, fake_uncond))
+    mask = None if mask is None else mask.contiguous()
+    return _ops.redmd_loss(*latents, weight.contiguous(), mask, guidance_scale, fake_guidance_scale, need_grad)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x, with rows that begin at multiples of 16 bytes: the attention kernels copy 16 bytes at a time."""
+    item = x.element_size()
+    whole = all(
+        size <= 1 or stride * item % 16 == 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    )
+    x = x if x.dtype != torch.float64 else x.float()
+    return (
+        x
+        if x.stride(-1) == 1 and whole and x.storage_offset() * item % 16 == 0
+        else x.clone(memory_format=torch.contiguous_format)
+    )
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
