@@ -33,12 +33,13 @@ struct BackwardConfig {
   using Accumulator = float[kRowBlocks][kColumnUnits][4];
 
   static_assert(kHeadDim % 16 == 0 && kHeadDim <= 256 && kSwept % 16 == 0);
-  static_assert(kSharedBytes == kTiles.shared_bytes(kHeadDim) && kSharedBytes <= 99 * 1024, "a block of sm_86 to sm_120");
+  static_assert(kSharedBytes == kTiles.shared_bytes(kHeadDim) && kSharedBytes <= 99 * 1024,
+                "a block of sm_86 to sm_120");
   static_assert(kParts == 1 || kHeadDim / kParts % 64 == 0, "whole slabs");
 };
 
-// Copies `count` rows of a tensor; the tile's other rows become zeros (what lies there may be NaN). Neighbouring threads
-// fill neighbouring units of a slab.
+// Copies `count` rows of a tensor; the tile's other rows become zeros (what lies there may be NaN). Neighbouring
+// threads fill neighbouring units of a slab.
 template <class Config, class Tile>
 __device__ __forceinline__ void copy_rows(uint32_t tile, const char* source, int64_t step, int count) {
   constexpr int kSlabSize = Tile::kRows * Tile::kSlabUnits, kSize = kSlabSize * Tile::kSlabs;
@@ -129,7 +130,8 @@ struct FloatTile {
   uint32_t base;
 
   __device__ __forceinline__ uint32_t at(int row, int column) const {
-    return base + row * (4 * Config::kHeadDim) + ((column / 4 ^ row / kSpread % (4 / kSpread) * 2) * 16 + column % 4 * 4);
+    return base + row * (4 * Config::kHeadDim) +
+           ((column / 4 ^ row / kSpread % (4 / kSpread) * 2) * 16 + column % 4 * 4);
   }
 
   template <bool kStore>
@@ -139,7 +141,7 @@ struct FloatTile {
     for (int r = 0; r < Config::kRows; ++r)
 #pragma unroll
       for (int n = 0; n < Config::kColumnUnits; ++n) {
-        float(&pair)[4] = x[r / 2][n];
+        float (&pair)[4] = x[r / 2][n];
         const uint32_t address = at(warp_row + lane / 4 + 8 * r, (part * Config::kColumnUnits + n) * 8 + lane % 4 * 2);
         if constexpr (kStore)
           asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(pair[r % 2 * 2]), "f"(pair[r % 2 * 2 + 1])
@@ -171,7 +173,8 @@ struct FloatTile {
 };
 
 // Eight pairs: columns of a and b as they lie in memory. Turned forth or back.
-__device__ __forceinline__ void turn(const PhaseCache& phases, float (&a)[8], float (&b)[8], bool half_split, bool back) {
+__device__ __forceinline__ void turn(const PhaseCache& phases, float (&a)[8], float (&b)[8], bool half_split,
+                                     bool back) {
   float first[8], second[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {

@@ -1,7 +1,8 @@
 // What the host hands to the kernels of the attention backward, and how it launches them. No torch header.
 //
 // A backward is four steps, in this order:
-// 1. rotate the queries in a launch of their own (`rf_rotate`), rounded to the type of v: they are read once per tile of
+// 1. rotate the queries in a launch of their own (`rf_rotate`), rounded to the type of v: they are read once per tile
+// of
 //    keys. kWindow with a rope: twice, for sinks outside the window at their frame less the evicted ones.
 // 2. rf_attention_delta_{bf16,fp16}: DeltaParams, delta_launch.
 // 3. rf_attention_grad_q_{bf16,fp16}_d<head_dim>: BackwardParams, grad_q_launch.
@@ -14,11 +15,11 @@ namespace rfkernels::cuda {
 
 // row_terms of a query row: (log2(e) * lse, sum(out * grad_out) - grad_lse). A row that sees nothing: (inf, 0).
 struct DeltaParams {
-  Rows out, grad_out;                        // [B, N_q, H_q, D] in the type of v
-  const float* lse;                          // [B, H_q, N_q] contiguous
-  const float* grad_lse;                     // strided, in elements; 0 where a gradient is expanded
-  int64_t lse_batch, lse_head, lse_token;    // strides of grad_lse
-  float* row_terms;                          // [B, H_q, N_q, 2] contiguous
+  Rows out, grad_out;                      // [B, N_q, H_q, D] in the type of v
+  const float* lse;                        // [B, H_q, N_q] contiguous
+  const float* grad_lse;                   // strided, in elements; 0 where a gradient is expanded
+  int64_t lse_batch, lse_head, lse_token;  // strides of grad_lse
+  float* row_terms;                        // [B, H_q, N_q, 2] contiguous
   int32_t batch, queries, heads, head_dim;
 };
 
@@ -31,15 +32,14 @@ struct BackwardParams {
   ElementType grad_q_type, grad_k_type, grad_v_type;
 };
 
-// A block keeps `own` rows (queries for grad_q, keys for grad_kv) of two tensors and sweeps the others in double-buffered
-// tiles of `swept` rows. A warp owns 16 * row_blocks rows of one of column_parts parts of the head's columns.
+// A block keeps `own` rows (queries for grad_q, keys for grad_kv) of two tensors and sweeps the others in
+// double-buffered tiles of `swept` rows. A warp owns 16 * row_blocks rows of one of column_parts parts of the head's
+// columns.
 struct BackwardTiles {
   int row_blocks, warps, column_parts, swept;
 
   constexpr int own() const { return 16 * row_blocks * warps / column_parts; }
-  constexpr int shared_bytes(int head_dim) const {
-    return 4 * head_dim * own() + 2 * (4 * head_dim + 8) * swept;
-  }
+  constexpr int shared_bytes(int head_dim) const { return 4 * head_dim * own() + 2 * (4 * head_dim + 8) * swept; }
 };
 
 // Registers of a thread at head_dim 128: accumulators 64 (grad_q) or 128 (grad_kv), scores and their gradients 16 each.

@@ -13,7 +13,8 @@ __device__ __forceinline__ void attention_delta(const DeltaParams& p) {
   const int64_t known = row < rows ? row : rows - 1;  // lanes past the end take part in the shuffles
   const int lane = threadIdx.x % kDeltaLanes;
   const int64_t head = known % p.heads, query = known / p.heads % p.queries, sample = known / p.heads / p.queries;
-  const auto* out = static_cast<const uint16_t*>(p.out.data) + sample * p.out.batch + query * p.out.token + head * p.out.head;
+  const auto* out =
+      static_cast<const uint16_t*>(p.out.data) + sample * p.out.batch + query * p.out.token + head * p.out.head;
   const auto* grad = static_cast<const uint16_t*>(p.grad_out.data) + sample * p.grad_out.batch +
                      query * p.grad_out.token + head * p.grad_out.head;
   float sum = 0.0f;
@@ -31,7 +32,8 @@ __device__ __forceinline__ void attention_delta(const DeltaParams& p) {
   const float lse = p.lse[at];
   const float grad_lse = p.grad_lse[sample * p.lse_batch + head * p.lse_head + query * p.lse_token];
   const bool empty = lse == kUnseen;
-  reinterpret_cast<float2*>(p.row_terms)[at] = empty ? make_float2(-kUnseen, 0.0f) : make_float2(lse * kLog2E, sum - grad_lse);
+  reinterpret_cast<float2*>(p.row_terms)[at] =
+      empty ? make_float2(-kUnseen, 0.0f) : make_float2(lse * kLog2E, sum - grad_lse);
 }
 
 }  // namespace rfkernels::cuda

@@ -105,9 +105,8 @@ __device__ __forceinline__ void attention_grad_kv(const BackwardParams& params) 
   typename Config::Accumulator sum_k = {}, sum_v = {};
   copy_rows<Config, typename Config::OwnTile>(base, row_address(rk, sample, first_key, kv_head), 2 * rk.token,
                                               count - first_key);
-  copy_rows<Config, typename Config::OwnTile>(base + Config::OwnTile::kBytes,
-                                              row_address(rv, sample, first_key, kv_head), 2 * rv.token,
-                                              count - first_key);
+  copy_rows<Config, typename Config::OwnTile>(
+      base + Config::OwnTile::kBytes, row_address(rv, sample, first_key, kv_head), 2 * rv.token, count - first_key);
   commit_copies();
 
 #pragma unroll 1
@@ -156,9 +155,9 @@ __device__ __forceinline__ void attention_grad_kv(const BackwardParams& params) 
     __syncthreads();
     result.template exchange<true>(which == 0 ? sum_k : sum_v, warp_row, part);
     __syncthreads();
-    store_rows(result, which == 0 ? params.grad_k : params.grad_v,
-               which == 0 ? params.grad_k_type : params.grad_v_type, first, p.kv_heads, last_key + 1 - first_key,
-               p.rope, which == 0 && p.rope.frame_turns != nullptr, first_key, first_frame, int(p.frame_tokens));
+    store_rows(result, which == 0 ? params.grad_k : params.grad_v, which == 0 ? params.grad_k_type : params.grad_v_type,
+               first, p.kv_heads, last_key + 1 - first_key, p.rope, which == 0 && p.rope.frame_turns != nullptr,
+               first_key, first_frame, int(p.frame_tokens));
   }
 }
 

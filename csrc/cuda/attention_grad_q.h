@@ -7,8 +7,8 @@ namespace rfkernels::cuda {
 // One contiguous range of keys that a tile of queries sweeps. part 0: the past, or the window; part 1: the open chunk's
 // own keys, or sinks outside the window.
 struct SweptKeys {
-  const char *k, *v;         // token 0
-  int64_t k_step, v_step;    // bytes from token to token
+  const char *k, *v;       // token 0
+  int64_t k_step, v_step;  // bytes from token to token
   int begin, end;
   int full_begin, full_end;  // between these every row sees every key
 
@@ -85,8 +85,8 @@ __device__ __forceinline__ void grad_q_step(typename Config::Accumulator& sum, c
   accumulate<Config, 0>(sum, w, swept, column_part);
 }
 
-// Queries met the sinks outside their window at a frame earlier by the evicted ones: turns what they gathered there on by
-// that many frames, so that one turn back at the end serves everything.
+// Queries met the sinks outside their window at a frame earlier by the evicted ones: turns what they gathered there on
+// by that many frames, so that one turn back at the end serves everything.
 template <class Config>
 __device__ __forceinline__ void turn_by_evicted(const FloatTile<Config>& tile, const AttentionProblem& p, int first_row,
                                                 int last_row) {
@@ -94,7 +94,8 @@ __device__ __forceinline__ void turn_by_evicted(const FloatTile<Config>& tile, c
   if (walk.slot >= walk.kSlots || walk.first_pair >= p.rope.frame_pairs) return;
   PhaseCache phases;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) phases.cos[i] = 1.0f, phases.sin[i] = 0.0f;  // rows and columns of a frame are not evicted
+  for (int i = 0; i < 8; ++i)
+    phases.cos[i] = 1.0f, phases.sin[i] = 0.0f;  // rows and columns of a frame are not evicted
 #pragma unroll 1
   for (int row = walk.slot; row <= last_row - first_row; row += walk.kSlots) {
     float a[8], b[8];

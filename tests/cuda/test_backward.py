@@ -37,7 +37,8 @@ def run_chunk(cuda_module, dtype, head_dim, *, ages=(2, 9), frames=3, size=(3, 5
     rope, scale = options.pop("rope", "interleaved"), options.pop("scale", head_dim**-0.5)
     batch, num_frames = len(ages), torch.tensor(ages)
     q, k, v = (
-        padded(batch, frames * tokens, h, head_dim, dtype=t) for h, t in zip((heads[0], *heads[1:] * 2), types, strict=True)
+        padded(batch, frames * tokens, h, head_dim, dtype=t)
+        for h, t in zip((heads[0], *heads[1:] * 2), types, strict=True)
     )
     count = geometry.capacity - frames
     past_k, past_v = (padded(batch, count * tokens, heads[1], head_dim, dtype=dtype) for _ in range(2))
@@ -45,8 +46,9 @@ def run_chunk(cuda_module, dtype, head_dim, *, ages=(2, 9), frames=3, size=(3, 5
         valid = max(geometry.valid_frames(age) - frames, 0) * tokens
         past_k[sample, valid:] = past_v[sample, valid:] = torch.nan
     ropes = [tables(head_dim, size, rope == "half", d) if rope else None for d in (dtype, torch.float64)]
-    grads = padded(batch, frames * tokens, heads[0], head_dim, dtype=dtype), torch.randn(batch, heads[0], 1).expand(
-        -1, -1, frames * tokens
+    grads = (
+        padded(batch, frames * tokens, heads[0], head_dim, dtype=dtype),
+        torch.randn(batch, heads[0], 1).expand(-1, -1, frames * tokens),
     )
 
     def attend(precision, tables_of):
@@ -75,9 +77,7 @@ def run_window(cuda_module, dtype, head_dim, queries, keys, mask, rope=None, hea
     ropes = [tables(head_dim, size, rope == "half", d) if rope else None for d in (dtype, torch.float64)]
     grads = padded(1, queries, heads[0], head_dim, dtype=dtype), torch.randn(1, heads[0], queries)
     scale = head_dim**-0.5
-    out, lse, plain = gradients(
-        lambda *x: reference.sink_window_attention(*x, ropes[0], mask, scale), (q, k, v), grads
-    )
+    out, lse, plain = gradients(lambda *x: reference.sink_window_attention(*x, ropes[0], mask, scale), (q, k, v), grads)
     wide = [x.double() for x in (q, k, v)]
     _, _, exact = gradients(lambda *x: reference.sink_window_attention(*x, ropes[1], mask, scale), wide, grads)
 
