@@ -119,8 +119,7 @@ struct TileCopier {
   }
 };
 
-// Queries to shared memory: read once, rotated at their frame (less `evicted` ones for sinks outside the window),
-// rounded.
+// Queries to shared memory: read once, rotated at their frame (less `evicted` ones for sinks outside the window), rounded.
 template <class Config>
 __device__ __forceinline__ void load_queries(const AttentionProblem& p, const QueryTile& tile, uint32_t sQ,
                                              bool for_sinks) {
@@ -153,17 +152,15 @@ __device__ __forceinline__ void load_queries(const AttentionProblem& p, const Qu
       } else {
         float even[8], odd[8];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          even[i] = a[2 * i], odd[i] = a[2 * i + 1], even[i + 4] = b[2 * i], odd[i + 4] = b[2 * i + 1];
+        for (int i = 0; i < 4; ++i) even[i] = a[2 * i], odd[i] = a[2 * i + 1], even[i + 4] = b[2 * i], odd[i + 4] = b[2 * i + 1];
         phases.rotate(even, odd);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          a[2 * i] = even[i], a[2 * i + 1] = odd[i], b[2 * i] = even[i + 4], b[2 * i + 1] = odd[i + 4];
+        for (int i = 0; i < 4; ++i) a[2 * i] = even[i], a[2 * i + 1] = odd[i], b[2 * i] = even[i + 4], b[2 * i + 1] = odd[i + 4];
       }
     }
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      const float (&x)[8] = part == 0 ? a : b;
+      const float(&x)[8] = part == 0 ? a : b;
       uint32_t bits[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) bits[i] = pack_saturated<T>(sign * x[2 * i], sign * x[2 * i + 1]);

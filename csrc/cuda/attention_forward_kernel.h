@@ -41,8 +41,7 @@ __device__ __forceinline__ void store(const WarpRows<Config>& rows, const Forwar
     const float normaliser = exists ? rows.softmax.normaliser(r) : 0.0f;
     if (lane % 4 == 0 && row <= tile.last_row)
       params.lse[(place * p.heads + tile.head) * p.queries + row] = exists ? rows.softmax.lse(r) : kUnseen;
-    float* part =
-        static_cast<float*>(params.out) + ((place * p.queries + row) * p.heads + tile.head) * Config::kHeadDim;
+    float* part = static_cast<float*>(params.out) + ((place * p.queries + row) * p.heads + tile.head) * Config::kHeadDim;
 #pragma unroll
     for (int n = 0; n < Config::kHeadDim / 8; ++n) {
       float low = rows.rOut[r / 2][n][r % 2 * 2], high = rows.rOut[r / 2][n][r % 2 * 2 + 1];
@@ -50,8 +49,7 @@ __device__ __forceinline__ void store(const WarpRows<Config>& rows, const Forwar
       if (params.splits > 1) {
         if (row <= tile.last_row) *reinterpret_cast<float2*>(part + 8 * n + lane % 4 * 2) = make_float2(low, high);
       } else {
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(sQ + QTile::offset(local, n) + lane % 4 * 4),
-                     "r"(pack<T>(low, high))
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(sQ + QTile::offset(local, n) + lane % 4 * 4), "r"(pack<T>(low, high))
                      : "memory");
       }
     }
@@ -124,8 +122,8 @@ __device__ __forceinline__ void attention_forward(const ForwardParams& params) {
 
 // One entry per head size and type, in a file of its own so that they compile side by side. Readable names: the host's
 // table and the emulator refer to a kernel by them.
-#define RF_ATTENTION_FORWARD(name, ...)                                                          \
+#define RF_ATTENTION_FORWARD(name, ...)                                                         \
   extern "C" __global__ void __launch_bounds__(__VA_ARGS__::kThreads, __VA_ARGS__::kBlocksPerSM) \
-      name(const __grid_constant__ rfkernels::cuda::ForwardParams params) {                      \
-    rfkernels::cuda::attention_forward<__VA_ARGS__>(params);                                     \
+      name(const __grid_constant__ rfkernels::cuda::ForwardParams params) {                     \
+    rfkernels::cuda::attention_forward<__VA_ARGS__>(params);                                    \
   }

@@ -34,14 +34,14 @@ struct QueryRope {
 
 // One attention problem, forward or backward. Token counts are below 2**31; k, v and out share one half type.
 struct AttentionProblem {
-  Rows q;                     // of q_type, un-rotated where there is a rope
-  Rows k, v;                  // kPrefix: a layer of the cache; kChunk: the past frames; kWindow: the sequence
-  Rows own_k, own_v;          // kChunk: the open chunk's keys (rotated) and values, `queries` tokens
+  Rows q;             // of q_type, un-rotated where there is a rope
+  Rows k, v;          // kPrefix: a layer of the cache; kChunk: the past frames; kWindow: the sequence
+  Rows own_k, own_v;  // kChunk: the open chunk's keys (rotated) and values, `queries` tokens
   const int64_t* num_frames;  // [B], the open frames included; kWindow: not read
   QueryRope rope;
-  WindowMask mask;               // kWindow only
-  int64_t frame_tokens;          // kPrefix, kChunk: tokens of a frame; kWindow: of the rope's table, 1 without a rope
-  int64_t capacity;              // frames that the cache holds (kPrefix, kChunk)
+  WindowMask mask;       // kWindow only
+  int64_t frame_tokens;  // kPrefix, kChunk: tokens of a frame; kWindow: of the rope's table, 1 without a rope
+  int64_t capacity;      // frames that the cache holds (kPrefix, kChunk)
   int32_t batch, queries, keys;  // keys: tokens of k (kWindow), else not read
   int32_t heads, kv_heads;       // kv_heads divides heads
   Use use;
@@ -50,8 +50,8 @@ struct AttentionProblem {
 };
 
 // out [B, N_q, H_q, D] contiguous in the type of v, lse float [B, H_q, N_q] contiguous, natural log. splits > 1: out is
-// float [splits, B, N_q, H_q, D] and lse [splits, B, H_q, N_q], for the merge kernel. A query that sees nothing, or
-// whose frame the stream does not have, gets zeros and -inf.
+// float [splits, B, N_q, H_q, D] and lse [splits, B, H_q, N_q], for the merge kernel. A query that sees nothing, or whose
+// frame the stream does not have, gets zeros and -inf.
 struct ForwardParams {
   AttentionProblem problem;
   void* out;
