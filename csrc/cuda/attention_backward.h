@@ -38,6 +38,11 @@ struct BackwardConfig {
   static_assert(kParts == 1 || kHeadDim / kParts % 64 == 0, "whole slabs");
 };
 
+template <class Config>
+using OwnAddresses = BlockAddresses<typename Config::OwnTile, false>;
+template <class Config>
+using SweptAddresses = BlockAddresses<typename Config::SweptTile, false>;
+
 // Copies `count` rows of a tensor; the tile's other rows become zeros (what lies there may be NaN). Neighbouring
 // threads fill neighbouring units of a slab.
 template <class Config, class Tile>
@@ -60,8 +65,8 @@ __device__ __forceinline__ const char* row_address(const Rows& x, int64_t sample
 // s += own[kWhich] * swept[kWhich]^T.
 template <class Config, int kWhich>
 __device__ __forceinline__ void multiply(typename Config::Scores& s,
-                                         const BlockAddresses<typename Config::OwnTile>& own,
-                                         const BlockAddresses<typename Config::SweptTile>& swept) {
+                                         const OwnAddresses<Config>& own,
+                                         const SweptAddresses<Config>& swept) {
   using T = typename Config::Element;
 #pragma unroll
   for (int c = 0; c < Config::kHeadDim / 16; ++c) {
@@ -84,7 +89,7 @@ __device__ __forceinline__ void multiply(typename Config::Scores& s,
 // sum += w * swept[kWhich], for the columns of the warp's part.
 template <class Config, int kWhich>
 __device__ __forceinline__ void accumulate(typename Config::Accumulator& sum, const typename Config::Scores& w,
-                                           const BlockAddresses<typename Config::SweptTile>& swept, int part) {
+                                           const SweptAddresses<Config>& swept, int part) {
   using T = typename Config::Element;
   using Tile = typename Config::SweptTile;
   const uint32_t offset = kWhich * Tile::kBytes + part * (Tile::kSlabs / Config::kParts * Tile::kSlabBytes);
@@ -154,73 +159,44 @@ struct FloatTile {
       }
   }
 
-  __device__ __forceinline__ void load8(float (&x)[8], int row, int column) const {
-#pragma unroll
-    for (int i = 0; i < 8; i += 4)
-      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(x[i]), "=f"(x[i + 1]), "=f"(x[i + 2]), "=f"(x[i + 3])
-                   : "r"(at(row, column + i))
-                   : "memory");
+  __device__ __forceinline__ void load4(float (&x)[4], int row, int column) const {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                 : "r"(at(row, column))
+                 : "memory");
   }
 
-  __device__ __forceinline__ void store8(const float (&x)[8], int row, int column) const {
-#pragma unroll
-    for (int i = 0; i < 8; i += 4)
-      asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at(row, column + i)), "f"(x[i]), "f"(x[i + 1]),
-                   "f"(x[i + 2]), "f"(x[i + 3])
-                   : "memory");
+  __device__ __forceinline__ void store4(const float (&x)[4], int row, int column) const {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at(row, column)), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+                 "f"(x[3])
+                 : "memory");
   }
 };
 
-// Eight pairs: columns of a and b as they lie in memory. Turned forth or back.
-__device__ __forceinline__ void turn(const PhaseCache& phases, float (&a)[8], float (&b)[8], bool half_split,
-                                     bool back) {
-  float first[8], second[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    first[i] = half_split ? a[i] : i < 4 ? a[2 * i] : b[2 * i - 8];
-    second[i] = half_split ? b[i] : i < 4 ? a[2 * i + 1] : b[2 * i - 7];
-  }
-  if (back)
-    phases.rotate(second, first);
-  else
-    phases.rotate(first, second);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    a[i] = half_split ? first[i] : i % 2 == 0 ? first[i / 2] : second[i / 2];
-    b[i] = half_split ? second[i] : i % 2 == 0 ? first[i / 2 + 4] : second[i / 2 + 4];
-  }
-}
-
-// The rows of a float tile shared out over the block's threads, sixteen columns (eight pairs) at a time.
+// The rows of a float tile shared out over the block's threads, four pairs (two times four columns) at a time.
 template <class Config>
 struct PairWalk {
-  static constexpr int kGroups = Config::kHeadDim / 16, kSlots = Config::kThreads / kGroups;
-  int slot, first_pair, first, second;  // columns of the two units
+  static constexpr int kGroups = Config::kHeadDim / (2 * kPhases), kSlots = Config::kThreads / kGroups;
+  int slot, first_pair, first, second;  // columns of the two fours
 
   __device__ __forceinline__ explicit PairWalk(bool half_split) {
     const int group = threadIdx.x % kGroups;
     slot = threadIdx.x / kGroups;  // kSlots and more: nothing to do
-    first_pair = group * 8;
-    first = half_split ? group * 8 : group * 16;
-    second = half_split ? first + Config::kHeadDim / 2 : first + 8;
+    first_pair = group * kPhases;
+    first = half_split ? first_pair : 2 * first_pair;
+    second = first + (half_split ? Config::kHeadDim / 2 : kPhases);
   }
 };
 
-// Eight elements of a gradient's row.
-__device__ __forceinline__ void store8(void* row, ElementType type, int column, const float (&x)[8]) {
-  if (type == ElementType::kFloat32) {
-    float4* target = reinterpret_cast<float4*>(static_cast<float*>(row) + column);
-    target[0] = make_float4(x[0], x[1], x[2], x[3]);
-    target[1] = make_float4(x[4], x[5], x[6], x[7]);
-    return;
-  }
-  uint32_t bits[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    bits[i] = type == ElementType::kFloat16 ? pack_saturated<Half>(x[2 * i], x[2 * i + 1])
-                                            : pack<BFloat16>(x[2 * i], x[2 * i + 1]);
-  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(row) + column) = make_uint4(bits[0], bits[1], bits[2], bits[3]);
+// Four elements of a gradient's row.
+__device__ __forceinline__ void store4(void* row, ElementType type, int column, const float (&x)[4]) {
+  if (type == ElementType::kFloat32)
+    *reinterpret_cast<float4*>(static_cast<float*>(row) + column) = make_float4(x[0], x[1], x[2], x[3]);
+  else
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(row) + column) =
+        type == ElementType::kFloat16
+            ? make_uint2(pack_saturated<Half>(x[0], x[1]), pack_saturated<Half>(x[2], x[3]))
+            : make_uint2(pack<BFloat16>(x[0], x[1]), pack<BFloat16>(x[2], x[3]));
 }
 
 // Writes `count` rows of a float tile to a gradient [B, N, H, D], turned back by the phases of first_index + row.
@@ -235,17 +211,17 @@ __device__ __forceinline__ void store_rows(const FloatTile<Config>& tile, void* 
   PhaseCache phases;
 #pragma unroll 1
   for (int row = walk.slot; row < count; row += walk.kSlots) {
-    float a[8], b[8];
-    tile.load8(a, row, walk.first);
-    tile.load8(b, row, walk.second);
+    float a[4], b[4];
+    tile.load4(a, row, walk.first);
+    tile.load4(b, row, walk.second);
     if (rotated) {
       const int index = first_index + row;
       phases.set(rope, walk.first_pair, Config::kHeadDim / 2, index / frame_tokens + first_frame, index % frame_tokens);
-      turn(phases, a, b, rope.half_split, true);
+      phases.rotate(a, b, rope.half_split, true);
     }
     char* at = target + row * heads * Config::kHeadDim * size;
-    store8(at, type, walk.first, a);
-    store8(at, type, walk.second, b);
+    store4(at, type, walk.first, a);
+    store4(at, type, walk.second, b);
   }
 }
 

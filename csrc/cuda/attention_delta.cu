@@ -1,12 +1,18 @@
 // What the attention backward needs of each query row: its normaliser in base 2, and sum(out * grad_out) - grad_lse.
 #include "attention_backward_params.h"
-#include "rotation.h"
+#include "element.h"
 #include "softmax.h"
 
 namespace rfkernels::cuda {
 
+template <class T>
+__device__ __forceinline__ float dot(uint32_t a, uint32_t b) {
+  const float2 x = unpack<T>(a), y = unpack<T>(b);
+  return x.x * y.x + x.y * y.y;
+}
+
 // Eight lanes own a row (sample, query, head).
-template <ElementType kType>
+template <class T>
 __device__ __forceinline__ void attention_delta(const DeltaParams& p) {
   const int64_t rows = int64_t(p.batch) * p.queries * p.heads;
   const int64_t row = (int64_t(blockIdx.x) * kDeltaThreads + threadIdx.x) / kDeltaLanes;
@@ -19,11 +25,8 @@ __device__ __forceinline__ void attention_delta(const DeltaParams& p) {
                      query * p.grad_out.token + head * p.grad_out.head;
   float sum = 0.0f;
   for (int column = 8 * lane; column < p.head_dim; column += 8 * kDeltaLanes) {
-    float a[8], b[8];
-    load8(a, out, kType, column);
-    load8(b, grad, kType, column);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum += a[i] * b[i];
+    const uint4 a = *reinterpret_cast<const uint4*>(out + column), b = *reinterpret_cast<const uint4*>(grad + column);
+    sum += dot<T>(a.x, b.x) + dot<T>(a.y, b.y) + dot<T>(a.z, b.z) + dot<T>(a.w, b.w);
   }
 #pragma unroll
   for (int distance = kDeltaLanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
@@ -38,11 +41,11 @@ __device__ __forceinline__ void attention_delta(const DeltaParams& p) {
 
 }  // namespace rfkernels::cuda
 
-#define RF_ATTENTION_DELTA(name, type)                                            \
-  extern "C" __global__ void __launch_bounds__(rfkernels::cuda::kDeltaThreads)    \
-      name(const __grid_constant__ rfkernels::cuda::DeltaParams params) {         \
-    rfkernels::cuda::attention_delta<rfkernels::cuda::ElementType::type>(params); \
+#define RF_ATTENTION_DELTA(name, T)                                            \
+  extern "C" __global__ void __launch_bounds__(rfkernels::cuda::kDeltaThreads) \
+      name(const __grid_constant__ rfkernels::cuda::DeltaParams params) {      \
+    rfkernels::cuda::attention_delta<T>(params);                               \
   }
 
-RF_ATTENTION_DELTA(rf_attention_delta_bf16, kBFloat16)
-RF_ATTENTION_DELTA(rf_attention_delta_fp16, kFloat16)
+RF_ATTENTION_DELTA(rf_attention_delta_bf16, rfkernels::cuda::BFloat16)
+RF_ATTENTION_DELTA(rf_attention_delta_fp16, rfkernels::cuda::Half)

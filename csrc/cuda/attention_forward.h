@@ -11,7 +11,14 @@
 
 namespace rfkernels::cuda {
 
-// The row tile of a block, and what is known of its stream.
+// x, but nothing that depends on it may be computed before this point: the compiler would otherwise move what is constant
+// out of the loop and keep it in registers that the loop has no room for.
+__device__ __forceinline__ int not_before(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// The row tile of a block, and what is known of its stream. Cheap to make anew, dear to keep across the main loop.
 struct QueryTile {
   int sample, head, split;
   int first_row, last_row;  // last_row: the last that exists
@@ -22,7 +29,7 @@ struct QueryTile {
 
   __device__ QueryTile(const ForwardParams& params, int rows) {
     const AttentionProblem& p = params.problem;
-    const int block = blockIdx.x % params.row_blocks, rest = blockIdx.x / params.row_blocks;
+    const int index = not_before(blockIdx.x), block = index % params.row_blocks, rest = index / params.row_blocks;
     head = rest % p.heads;
     sample = rest / p.heads;
     split = blockIdx.y;
@@ -46,9 +53,8 @@ struct QueryTile {
 struct KeySegment {
   const char *k, *v;         // token `begin`
   int64_t k_step, v_step;    // bytes from token to token
-  int begin, end;            // of this block's share
+  int begin, end;            // of this block's share: whole tiles, but for the last tile of the last share
   int full_begin, full_end;  // between these every row sees every key
-  int limit;                 // no key exists (or is seen) from here on
 
   // part 0: the prefix, the past, or the window; part 1: the open chunk's own keys, or sinks outside the window.
   __device__ KeySegment(const ForwardParams& params, const QueryTile& tile, int part, int tile_keys) {
@@ -68,8 +74,7 @@ struct KeySegment {
       full_begin = begin, full_end = end;
     }
     end = max(end, begin);
-    limit = end;
-    if (params.splits > 1) {  // whole tiles for every share but the last
+    if (params.splits > 1) {
       const int tiles = (end - begin + tile_keys - 1) / tile_keys;
       const int share = (tiles + params.splits - 1) / params.splits * tile_keys;
       begin = min(begin + tile.split * share, end);
@@ -88,18 +93,18 @@ struct TileCopier {
   using Tile = typename Config::KVTile;
   static constexpr int kRowStep = Config::kThreads / Tile::kSlabUnits;
   const char* source;
-  int64_t step;  // bytes between the rows of a thread
-  uint32_t destination;
 
-  __device__ __forceinline__ TileCopier(const char* first, int64_t token_step, uint32_t tile) {
-    const int row = threadIdx.x / Tile::kSlabUnits, unit = threadIdx.x % Tile::kSlabUnits;
-    source = first + row * token_step + unit * 16;
-    step = token_step * kRowStep;
-    destination = tile + Tile::slab_offset(row, unit);
+  __device__ __forceinline__ TileCopier(const char* first, int64_t token_step) {
+    source = first + threadIdx.x / Tile::kSlabUnits * token_step + threadIdx.x % Tile::kSlabUnits * 16;
   }
 
+  // Bytes between the rows of a thread: 32 bits, so that an advance is one instruction.
+  static __device__ __forceinline__ int row_step(int64_t token_step) { return int(token_step) * kRowStep; }
+
   // rows: how many of the tile exist; the others become zeros (what lies there may be NaN).
-  __device__ __forceinline__ void copy(int rows) {
+  __device__ __forceinline__ void copy(uint32_t tile, int rows, int step) {
+    const int thread = not_before(threadIdx.x), row = thread / Tile::kSlabUnits;
+    const uint32_t destination = tile + Tile::slab_offset(row, thread % Tile::kSlabUnits);
     if (rows >= Config::kTileKeys) {
 #pragma unroll
       for (int r = 0; r < Config::kTileKeys; r += kRowStep, source += step)
@@ -107,7 +112,7 @@ struct TileCopier {
         for (int slab = 0; slab < Tile::kSlabs; ++slab)
           copy_async(destination + r * Tile::kRowBytes + slab * Tile::kSlabBytes, source + slab * Tile::kRowBytes);
     } else {
-      int left = rows - int(threadIdx.x / Tile::kSlabUnits);
+      const int left = rows - row;
 #pragma unroll
       for (int r = 0; r < Config::kTileKeys; r += kRowStep, source += step)
 #pragma unroll
@@ -119,18 +124,24 @@ struct TileCopier {
   }
 };
 
+template <class T>
+__device__ __forceinline__ void store4(uint32_t shared, const float (&x)[4], float sign) {
+  const uint32_t low = pack_saturated<T>(sign * x[0], sign * x[1]), high = pack_saturated<T>(sign * x[2], sign * x[3]);
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(low), "r"(high) : "memory");
+}
+
 // Queries to shared memory: read once, rotated at their frame (less `evicted` ones for sinks outside the window), rounded.
 template <class Config>
 __device__ __forceinline__ void load_queries(const AttentionProblem& p, const QueryTile& tile, uint32_t sQ,
                                              bool for_sinks) {
   using T = typename Config::Element;
-  constexpr int kGroups = Config::kHeadDim / 16;  // of eight pairs
-  constexpr int kSlots = Config::kThreads / kGroups, kPairs = Config::kHeadDim / 2;
-  const int group = threadIdx.x % kGroups, slot = threadIdx.x / kGroups;
+  constexpr int kPairs = Config::kHeadDim / 2, kGroups = kPairs / kPhases;
+  constexpr int kSlots = Config::kThreads / kGroups;
+  const int thread = not_before(threadIdx.x), group = thread % kGroups, slot = thread / kGroups;
   if (slot >= kSlots) return;
   const bool half_split = p.rope.half_split;
-  const int first = half_split ? group * 8 : group * 16;  // columns of the two units
-  const int second = half_split ? first + kPairs : first + 8;
+  const int first = half_split ? group * kPhases : 2 * group * kPhases;  // columns of the pairs' halves
+  const int second = first + (half_split ? kPairs : kPhases);
   const float sign = p.scale < 0.0f ? -1.0f : 1.0f;  // the running maximum needs a positive scale
   const int tokens = int(p.frame_tokens), size = p.q_type == ElementType::kFloat32 ? 4 : 2;
   const char* q = static_cast<const char*>(p.q.data) + size * (tile.sample * p.q.batch + tile.head * p.q.head);
@@ -138,37 +149,19 @@ __device__ __forceinline__ void load_queries(const AttentionProblem& p, const Qu
 #pragma unroll 1
   for (int row = slot; row < Config::kTileRows; row += kSlots) {
     const int known = min(tile.first_row + row, tile.last_row);  // rows past the end repeat the last
-    float a[8], b[8];
     const char* source = q + size * (known * p.q.token);
-    load8(a, source, p.q_type, first);
-    load8(b, source, p.q_type, second);
+    float a[kPhases], b[kPhases];
+    load4(a, source + size * first, p.q_type);
+    load4(b, source + size * second, p.q_type);
     if (p.rope.frame_turns != nullptr) {
       const int index = known + tile.offset;
       int frame = index / tokens + tile.first_frame;
       if (for_sinks) frame -= evicted_frames(p.mask, index, tokens);
-      phases.set(p.rope, group * 8, kPairs, frame, index % tokens);
-      if (half_split) {
-        phases.rotate(a, b);
-      } else {
-        float even[8], odd[8];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) even[i] = a[2 * i], odd[i] = a[2 * i + 1], even[i + 4] = b[2 * i], odd[i + 4] = b[2 * i + 1];
-        phases.rotate(even, odd);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[2 * i] = even[i], a[2 * i + 1] = odd[i], b[2 * i] = even[i + 4], b[2 * i + 1] = odd[i + 4];
-      }
+      phases.set(p.rope, group * kPhases, kPairs, frame, index % tokens);
+      phases.rotate(a, b, half_split);
     }
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      const float(&x)[8] = part == 0 ? a : b;
-      uint32_t bits[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) bits[i] = pack_saturated<T>(sign * x[2 * i], sign * x[2 * i + 1]);
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(
-                       sQ + Config::QTile::offset(row, (part == 0 ? first : second) / 8)),
-                   "r"(bits[0]), "r"(bits[1]), "r"(bits[2]), "r"(bits[3])
-                   : "memory");
-    }
+    store4<T>(sQ + Config::QTile::offset(row, first / 8) + first % 8 * 2, a, sign);
+    store4<T>(sQ + Config::QTile::offset(row, second / 8) + second % 8 * 2, b, sign);
   }
 }
 
@@ -176,6 +169,8 @@ __device__ __forceinline__ void load_queries(const AttentionProblem& p, const Qu
 template <class Config>
 struct WarpRows {
   using T = typename Config::Element;
+  using KAddresses = BlockAddresses<typename Config::KVTile, true>;
+  using VAddresses = BlockAddresses<typename Config::KVTile, false>;
   static constexpr int kRowBlocks = Config::kRowBlocks, kRows = 2 * kRowBlocks;  // rows of a thread
   static constexpr int kKeyUnits = Config::kTileKeys / 8, kColumnUnits = Config::kHeadDim / 8;
 
@@ -183,21 +178,23 @@ struct WarpRows {
   SoftmaxState<kRows> softmax;
 
   static __device__ __forceinline__ void scores(float (&s)[kRowBlocks][kKeyUnits][4],
-                                                const BlockAddresses<typename Config::QTile>& sQ,
-                                                const BlockAddresses<typename Config::KVTile>& sK) {
+                                                const KAddresses& sK, const VAddresses& sV) {
+    // Where the warp's queries lie from the values: added for every tile, which costs less than registers to keep.
+    const uint32_t warp = not_before(threadIdx.x) / 32 * 16 * kRowBlocks * Config::QTile::kRowBytes;
+    const uint32_t to_q = warp + Config::kSharedQ - Config::kSharedV;
 #pragma unroll
     for (int c = 0; c < Config::kHeadDim / 16; ++c) {
       uint32_t q[kRowBlocks][4];
 #pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) ldmatrix(q[m], sQ.at(16 * m, c));
+      for (int m = 0; m < kRowBlocks; ++m) ldmatrix(q[m], sV.template at_other<typename Config::QTile>(to_q, 16 * m, c));
 #pragma unroll
       for (int n = 0; n < kKeyUnits; n += 2) {
         uint32_t k[4];
         ldmatrix(k, sK.at(8 * n, c));
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
-          mma<T>(s[m][n], q[m], k[0], k[2]);
-          mma<T>(s[m][n + 1], q[m], k[1], k[3]);
+          mma<T>(s[m][n], q[m], k[0], k[1]);
+          mma<T>(s[m][n + 1], q[m], k[2], k[3]);
         }
       }
     }
@@ -228,7 +225,7 @@ struct WarpRows {
 
   // out += exp2(s) * V, sixteen keys at a time.
   __device__ __forceinline__ void accumulate(const float (&s)[kRowBlocks][kKeyUnits][4],
-                                             const BlockAddresses<typename Config::KVTile>& sV, float scale2) {
+                                             const VAddresses& sV, float scale2) {
 #pragma unroll
     for (int n = 0; n < kKeyUnits; n += 2) {
       uint32_t p[kRowBlocks][4];

@@ -4,35 +4,53 @@
 
 namespace rfkernels::cuda {
 
+// What the main loop needs of a segment once a tile or less waits in shared memory: its registers are all taken. Tiles that
+// begin between kFirstFull and kLastFull are seen by every row.
+enum KeptInShared { kFirstFull = 0, kLastFull = 4, kPart = 8, kKStep = 12, kVStep = 16 };
+
+__device__ __forceinline__ void put_shared(uint32_t address, int x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ int get_shared(uint32_t address) {
+  int x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address));
+  return x;
+}
+
 // Sets scores of keys that a row does not see to -inf: tiles at the edge of a segment only.
 template <class Config, class Scores>
-__device__ __forceinline__ void hide_unseen(Scores& s, const ForwardParams& params, const QueryTile& tile,
-                                            const KeySegment& keys, int part, int row, int first_key) {
+__device__ __forceinline__ void hide_unseen(Scores& s, const ForwardParams& params, const KeySegment& keys, int part,
+                                            int first_key) {
   const AttentionProblem& p = params.problem;
+  const int thread = not_before(threadIdx.x), block = not_before(blockIdx.x) % params.row_blocks;
+  const int row = block * Config::kTileRows + thread / 32 * 16 * Config::kRowBlocks + thread % 32 / 4;
 #pragma unroll
   for (int r = 0; r < 2 * Config::kRowBlocks; ++r) {
-    Range seen = {keys.begin, keys.limit};
+    Range seen = {0, keys.end};
     if (p.use == Use::kWindow)
-      seen = visible_keys(p.mask, min(row + 8 * r, tile.last_row) + tile.offset, part == 1, p.keys);
-    const int before = first_key + int(threadIdx.x % 4) * 2 - seen.begin;
-    const unsigned count = max(seen.end - seen.begin, 0);
+      seen = visible_keys(p.mask, min(row + 8 * r, p.queries - 1) + p.keys - p.queries, part == 1, p.keys);
+    const int before = not_before(first_key + thread % 4 * 2 - seen.begin);
+    const unsigned count = not_before(max(seen.end - seen.begin, 0));  // one comparison a score, whatever the use
 #pragma unroll
     for (int n = 0; n < Config::kTileKeys / 8; ++n)
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (unsigned(before + 8 * n + i) >= count) s[r / 2][n][r % 2 * 2 + i] = kUnseen;
+      for (int i = 0; i < 2; ++i) {
+        float& score = s[r / 2][n][r % 2 * 2 + i];
+        score = unsigned(before + 8 * n + i) < count ? score : kUnseen;
+      }
   }
 }
 
 // Whole rows of the output, by way of shared memory: 16 bytes a thread. Of the queries' tile a warp uses only the rows
 // that it alone reads, so no barrier is needed.
 template <class Config>
-__device__ __forceinline__ void store(const WarpRows<Config>& rows, const ForwardParams& params, const QueryTile& tile,
-                                      uint32_t sQ, int warp_row) {
+__device__ __forceinline__ void store(const WarpRows<Config>& rows, const ForwardParams& params, uint32_t sQ) {
   using T = typename Config::Element;
   using QTile = typename Config::QTile;
   const AttentionProblem& p = params.problem;
-  const int lane = threadIdx.x % 32;
+  const QueryTile tile(params, Config::kTileRows);
+  const int thread = not_before(threadIdx.x), lane = thread % 32, warp_row = thread / 32 * 16 * Config::kRowBlocks;
   const int64_t place = int64_t(tile.split) * p.batch + tile.sample;
 #pragma unroll
   for (int r = 0; r < 2 * Config::kRowBlocks; ++r) {
@@ -41,17 +59,20 @@ __device__ __forceinline__ void store(const WarpRows<Config>& rows, const Forwar
     const float normaliser = exists ? rows.softmax.normaliser(r) : 0.0f;
     if (lane % 4 == 0 && row <= tile.last_row)
       params.lse[(place * p.heads + tile.head) * p.queries + row] = exists ? rows.softmax.lse(r) : kUnseen;
-    float* part = static_cast<float*>(params.out) + ((place * p.queries + row) * p.heads + tile.head) * Config::kHeadDim;
+    const auto value = [&](int n, int i) { return exists ? rows.rOut[r / 2][n][r % 2 * 2 + i] * normaliser : 0.0f; };
+    if (params.splits > 1) {
+      float* part = static_cast<float*>(params.out) + ((place * p.queries + row) * p.heads + tile.head) * Config::kHeadDim;
+      if (row <= tile.last_row) {
 #pragma unroll
-    for (int n = 0; n < Config::kHeadDim / 8; ++n) {
-      float low = rows.rOut[r / 2][n][r % 2 * 2], high = rows.rOut[r / 2][n][r % 2 * 2 + 1];
-      low = exists ? low * normaliser : 0.0f, high = exists ? high * normaliser : 0.0f;
-      if (params.splits > 1) {
-        if (row <= tile.last_row) *reinterpret_cast<float2*>(part + 8 * n + lane % 4 * 2) = make_float2(low, high);
-      } else {
-        asm volatile("st.shared.b32 [%0], %1;" ::"r"(sQ + QTile::offset(local, n) + lane % 4 * 4), "r"(pack<T>(low, high))
-                     : "memory");
+        for (int n = 0; n < Config::kHeadDim / 8; ++n)
+          *reinterpret_cast<float2*>(part + 8 * n + lane % 4 * 2) = make_float2(value(n, 0), value(n, 1));
       }
+    } else {
+#pragma unroll
+      for (int n = 0; n < Config::kHeadDim / 8; ++n)
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(sQ + QTile::offset(local, n) + lane % 4 * 4),
+                     "r"(pack<T>(value(n, 0), value(n, 1)))
+                     : "memory");
     }
   }
   if (params.splits > 1) return;
@@ -76,46 +97,53 @@ __device__ __forceinline__ void attention_forward(const ForwardParams& params) {
   const uint32_t base = uint32_t(__cvta_generic_to_shared(shared));
   const uint32_t sQ = base + Config::kSharedQ;
   const AttentionProblem& p = params.problem;
-  const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * 16 * Config::kRowBlocks;
-  const QueryTile tile(params, Config::kTileRows);
-  // A scale of zero still has to keep what is unseen at -inf.
-  const float scale2 = fmaxf(fabsf(p.scale) * kLog2E, 1e-30f);
 
-  const BlockAddresses<typename Config::QTile> q_blocks(sQ + warp_row * Config::QTile::kRowBytes, lane);
-  const BlockAddresses<typename Config::KVTile> k_blocks(base + Config::kSharedK, lane);
-  const BlockAddresses<typename Config::KVTile> v_blocks(base + Config::kSharedV, lane);
+  const typename WarpRows<Config>::KAddresses k_blocks(base + Config::kSharedK, threadIdx.x % 32);
+  const typename WarpRows<Config>::VAddresses v_blocks(base + Config::kSharedV, threadIdx.x % 32);
   WarpRows<Config> rows;
 
-  const int parts = p.use == Use::kPrefix ? 1 : 2;
 #pragma unroll 1
-  for (int part = 0; part < parts; ++part) {
+  for (int part = 0; part < (p.use == Use::kPrefix ? 1 : 2); ++part) {
+    const QueryTile tile(params, Config::kTileRows);
     const KeySegment keys(params, tile, part, Config::kTileKeys);
     if (keys.begin >= keys.end) continue;
     // Sinks outside the window meet the queries in another rotation. Without a rope that turn changes nothing.
     const bool for_sinks = part == 1 && p.use == Use::kWindow;
     if (part > 0) __syncthreads();  // every warp is done with the last segment
-    TileCopier<Config> copy_k(keys.k, keys.k_step, base + Config::kSharedK);
-    TileCopier<Config> copy_v(keys.v, keys.v_step, base + Config::kSharedV);
-    copy_k.copy(keys.limit - keys.begin);
+    const uint32_t sKept = base + Config::kSharedKept;
+    const uint32_t sK = base + Config::kSharedK, sV = base + Config::kSharedV;
+    TileCopier<Config> copy_k(keys.k, keys.k_step), copy_v(keys.v, keys.v_step);
+    if (threadIdx.x == 0) {
+      put_shared(sKept + kFirstFull, keys.full_begin);
+      put_shared(sKept + kLastFull, keys.full_end - Config::kTileKeys);
+      put_shared(sKept + kPart, part);
+      put_shared(sKept + kKStep, TileCopier<Config>::row_step(keys.k_step));
+      put_shared(sKept + kVStep, TileCopier<Config>::row_step(keys.v_step));
+    }
+    copy_k.copy(sK, keys.end - keys.begin, TileCopier<Config>::row_step(keys.k_step));
     load_queries<Config>(p, tile, sQ, for_sinks);
 #pragma unroll 1
     for (int key = keys.begin; key < keys.end; key += Config::kTileKeys) {
       wait_copies<0>();
       __syncthreads();  // keys (and queries) are there; every warp is done with the last values
-      copy_v.copy(keys.limit - key);
+      copy_v.copy(sV, keys.end - key, get_shared(sKept + kVStep));
       float scores[Config::kRowBlocks][Config::kTileKeys / 8][4] = {};
-      rows.scores(scores, q_blocks, k_blocks);
-      if (key < keys.full_begin || key + Config::kTileKeys > keys.full_end)
-        hide_unseen<Config>(scores, params, tile, keys, part, tile.first_row + warp_row + lane / 4, key);
+      rows.scores(scores, k_blocks, v_blocks);
+      // A scale of zero still has to keep what is unseen at -inf.
+      const float scale2 = fmaxf(fabsf(p.scale) * kLog2E, 1e-30f);
+      if (key < get_shared(sKept + kFirstFull) || key > get_shared(sKept + kLastFull))
+        hide_unseen<Config>(scores, params, keys, get_shared(sKept + kPart), key);
       rows.raise(scores, scale2);
       wait_copies<0>();
       __syncthreads();  // values are there; every warp is done with the keys
-      if (key + Config::kTileKeys < keys.end) copy_k.copy(keys.limit - key - Config::kTileKeys);
+      if (key + Config::kTileKeys < keys.end)
+        copy_k.copy(sK, keys.end - key - Config::kTileKeys, get_shared(sKept + kKStep));
       rows.accumulate(scores, v_blocks, scale2);
     }
+    part = get_shared(sKept + kPart);
   }
   rows.softmax.finish();
-  store(rows, params, tile, sQ, warp_row);
+  store(rows, params, sQ);
 }
 
 }  // namespace rfkernels::cuda

@@ -30,8 +30,8 @@ template <class Config>
 __device__ __forceinline__ void grad_kv_step(typename Config::Accumulator& sum_k, typename Config::Accumulator& sum_v,
                                              const AttentionProblem& p, const SweptQueries& queries, bool outside,
                                              int key, int row, int part, uint32_t terms,
-                                             const BlockAddresses<typename Config::OwnTile>& own,
-                                             const BlockAddresses<typename Config::SweptTile>& swept) {
+                                             const OwnAddresses<Config>& own,
+                                             const SweptAddresses<Config>& swept) {
   const float scale2 = p.scale * kLog2E;
   typename Config::Scores w = {}, grad = {};
   multiply<Config, 0>(w, own, swept);
@@ -101,7 +101,7 @@ __device__ __forceinline__ void attention_grad_kv(const BackwardParams& params) 
 
   const Rows& rk = window ? p.k : p.own_k;
   const Rows& rv = window ? p.v : p.own_v;
-  const BlockAddresses<typename Config::OwnTile> own(base + warp_row * Config::OwnTile::kRowBytes, lane);
+  const OwnAddresses<Config> own(base + warp_row * Config::OwnTile::kRowBytes, lane);
   typename Config::Accumulator sum_k = {}, sum_v = {};
   copy_rows<Config, typename Config::OwnTile>(base, row_address(rk, sample, first_key, kv_head), 2 * rk.token,
                                               count - first_key);
@@ -140,7 +140,7 @@ __device__ __forceinline__ void attention_grad_kv(const BackwardParams& params) 
       __syncthreads();  // this tile is there; every warp is done with the one before
       if (row + Config::kSwept < queries.end) copy_queries(row + Config::kSwept, stage ^ 1);
       const uint32_t tile = base + Config::kSharedSwept + stage * Config::kStageBytes;
-      const BlockAddresses<typename Config::SweptTile> swept(tile, lane);
+      const SweptAddresses<Config> swept(tile, lane);
       grad_kv_step<Config>(sum_k, sum_v, p, queries, outside, key, row, part, tile + Config::kTermsAt, own, swept);
     }
   }

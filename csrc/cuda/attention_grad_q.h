@@ -55,8 +55,8 @@ template <class Config>
 __device__ __forceinline__ void grad_q_step(typename Config::Accumulator& sum, const AttentionProblem& p,
                                             const ThreadRows<Config>& rows, const SweptKeys& keys, int part, int row,
                                             int last_row, int key, int column_part,
-                                            const BlockAddresses<typename Config::OwnTile>& own,
-                                            const BlockAddresses<typename Config::SweptTile>& swept) {
+                                            const OwnAddresses<Config>& own,
+                                            const SweptAddresses<Config>& swept) {
   const float scale2 = p.scale * kLog2E;
   typename Config::Scores w = {}, grad = {};
   multiply<Config, 0>(w, own, swept);
@@ -98,14 +98,14 @@ __device__ __forceinline__ void turn_by_evicted(const FloatTile<Config>& tile, c
     phases.cos[i] = 1.0f, phases.sin[i] = 0.0f;  // rows and columns of a frame are not evicted
 #pragma unroll 1
   for (int row = walk.slot; row <= last_row - first_row; row += walk.kSlots) {
-    float a[8], b[8];
-    tile.load8(a, row, walk.first);
-    tile.load8(b, row, walk.second);
+    float a[4], b[4];
+    tile.load4(a, row, walk.first);
+    tile.load4(b, row, walk.second);
     const int index = first_row + row + p.keys - p.queries;
     phases.set_frame(p.rope, walk.first_pair, evicted_frames(p.mask, index, p.frame_tokens));
-    turn(phases, a, b, p.rope.half_split, false);
-    tile.store8(a, row, walk.first);
-    tile.store8(b, row, walk.second);
+    phases.rotate(a, b, p.rope.half_split);
+    tile.store4(a, row, walk.first);
+    tile.store4(b, row, walk.second);
   }
 }
 
@@ -121,7 +121,7 @@ __device__ __forceinline__ void attention_grad_q(const BackwardParams& params) {
   const int warp_row = warp / Config::kParts * 16 * Config::kRowBlocks;
   const int row = first_row + warp_row + lane / 4;
 
-  const BlockAddresses<typename Config::OwnTile> own(base + warp_row * Config::OwnTile::kRowBytes, lane);
+  const OwnAddresses<Config> own(base + warp_row * Config::OwnTile::kRowBytes, lane);
   const FloatTile<Config> result{base};
   const int64_t place = int64_t(sample) * p.heads + head;
   const ThreadRows<Config> rows(reinterpret_cast<const float2*>(params.row_terms) + place * p.queries, row, p.queries);
@@ -154,7 +154,7 @@ __device__ __forceinline__ void attention_grad_q(const BackwardParams& params) {
       wait_copies<0>();
       __syncthreads();  // this tile is there; every warp is done with the one before
       if (key + Config::kSwept < keys.end) copy_keys(key + Config::kSwept, stage ^ 1);
-      const BlockAddresses<typename Config::SweptTile> swept(base + Config::kSharedSwept + stage * Config::kStageBytes,
+      const SweptAddresses<Config> swept(base + Config::kSharedSwept + stage * Config::kStageBytes,
                                                              lane);
       grad_q_step<Config>(sum, p, rows, keys, part, row, last_row, key, column_part, own, swept);
     }

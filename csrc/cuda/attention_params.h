@@ -17,7 +17,7 @@ enum class Use : int32_t {
 };
 
 // A [B, N, H, D] tensor: unit last stride, the others in elements. Every row starts at a multiple of 16 bytes (the host
-// copies a tensor for which that does not hold).
+// copies a tensor for which that does not hold); tokens of k and v are less than 2**24 elements apart.
 struct Rows {
   void* data;
   int64_t batch, token, head;

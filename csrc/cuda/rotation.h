@@ -19,16 +19,19 @@ __device__ __forceinline__ void sincos_turns(float t, float& sin, float& cos) {
   if (quadrant == 1 || quadrant == 2) cos = -cos;
 }
 
-// Phases of eight consecutive pairs, computed anew only where the frame changes: rows of a tile lie in few frames.
+// Phases of kPhases consecutive pairs, computed anew only where the frame changes: rows of a tile lie in few frames.
+// Few at a time: a kernel may hold a full accumulator while it rotates.
+constexpr int kPhases = 4;
+
 struct PhaseCache {
-  float cos[8], sin[8];
+  float cos[kPhases], sin[kPhases];
   int frame = INT32_MIN;
 
   __device__ __forceinline__ void set_frame(const QueryRope& rope, int first_pair, int new_frame) {
     if (new_frame == frame) return;
     frame = new_frame;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < kPhases; ++i) {
       if (first_pair + i >= rope.frame_pairs) break;
       double turns = double(frame) * rope.frame_turns[first_pair + i];
       turns -= rint(turns);
@@ -40,41 +43,47 @@ struct PhaseCache {
     set_frame(rope, first_pair, new_frame);
     const float* table = rope.spatial + 2 * int64_t(token) * (pairs - rope.frame_pairs);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < kPhases; ++i) {
       const int spatial = first_pair + i - rope.frame_pairs;
       if (spatial >= 0) cos[i] = table[2 * spatial], sin[i] = table[2 * spatial + 1];
     }
   }
 
-  // x: both elements of each pair, (first[i], second[i]).
-  __device__ __forceinline__ void rotate(float (&first)[8], float (&second)[8]) const {
+  // a, b: the first and the second half of what `set` knows the phases of, as it lies in memory. back: undoes it.
+  __device__ __forceinline__ void rotate(float (&a)[kPhases], float (&b)[kPhases], bool half_split,
+                                         bool back = false) const {
+    if (half_split) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float a = first[i], b = second[i];
-      first[i] = a * cos[i] - b * sin[i];
-      second[i] = a * sin[i] + b * cos[i];
+      for (int i = 0; i < kPhases; ++i) turn(a[i], b[i], i, back);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPhases / 2; ++i) {
+        turn(a[2 * i], a[2 * i + 1], i, back);
+        turn(b[2 * i], b[2 * i + 1], kPhases / 2 + i, back);
+      }
     }
+  }
+
+ private:
+  __device__ __forceinline__ void turn(float& first, float& second, int i, bool back) const {
+    const float x = first, y = second, s = back ? -sin[i] : sin[i];
+    first = x * cos[i] - y * s;
+    second = x * s + y * cos[i];
   }
 };
 
-// Eight consecutive elements of a row as floats.
-__device__ __forceinline__ void load8(float (&x)[8], const void* row, ElementType type, int column) {
+// Four consecutive elements as floats.
+__device__ __forceinline__ void load4(float (&x)[4], const void* source, ElementType type) {
   if (type == ElementType::kFloat32) {
-    const float4* source = reinterpret_cast<const float4*>(static_cast<const float*>(row) + column);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float4 four = source[i];
-      x[4 * i] = four.x, x[4 * i + 1] = four.y, x[4 * i + 2] = four.z, x[4 * i + 3] = four.w;
-    }
+    const float4 four = *static_cast<const float4*>(source);
+    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
     return;
   }
-  const uint4 bits = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(row) + column);
-  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 two = type == ElementType::kFloat16 ? unpack<Half>(words[i]) : unpack<BFloat16>(words[i]);
-    x[2 * i] = two.x, x[2 * i + 1] = two.y;
-  }
+  const uint2 bits = *static_cast<const uint2*>(source);
+  const bool half = type == ElementType::kFloat16;
+  const float2 low = half ? unpack<Half>(bits.x) : unpack<BFloat16>(bits.x);
+  const float2 high = half ? unpack<Half>(bits.y) : unpack<BFloat16>(bits.y);
+  x[0] = low.x, x[1] = low.y, x[2] = high.x, x[3] = high.y;
 }
 
 }  // namespace rfkernels::cuda

@@ -66,7 +66,7 @@ struct SoftmaxState {
   }
 
   // A row that saw nothing: 0 and -inf.
-  __device__ __forceinline__ float normaliser(int r) const { return total[r] > 0.0f ? 1.0f / total[r] : 0.0f; }
+  __device__ __forceinline__ float normaliser(int r) const { return total[r] > 0.0f ? __fdividef(1.0f, total[r]) : 0.0f; }
   __device__ __forceinline__ float lse(int r) const {  // natural log
     return total[r] > 0.0f ? (shift[r] + log2f(total[r])) * kLn2 : kUnseen;
   }

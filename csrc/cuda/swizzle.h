@@ -29,17 +29,27 @@ struct SharedTile {
   }
 };
 
-// Addresses of ldmatrix for 16 x 16 blocks of a tile: lane l reads row l % 16 of columns 8 * (l / 16). Matrices come as
-// (top left, bottom left, top right, bottom right). kVariants registers hold what the permutation makes irregular; rows and
+// Addresses of ldmatrix for 16 x 16 blocks of a tile. By columns, matrices come as (top left, bottom left, top right,
+// bottom right): an `a` of mma, or, transposed, two `b`. By rows as (top left, top right, bottom left, bottom right): two `b`
+// whose two registers are neighbours, as mma wants them (else each costs a move). kVariants registers hold what the permutation makes irregular; rows and
 // slabs are constant offsets from them.
-template <class Tile>
+template <class Tile, bool kByRows>
 struct BlockAddresses {
   static constexpr int kVariants = Tile::kSlabUnits / 2;
   uint32_t variant[kVariants];
 
   __device__ __forceinline__ BlockAddresses(uint32_t tile, int lane) {
 #pragma unroll
-    for (int i = 0; i < kVariants; ++i) variant[i] = tile + Tile::slab_offset(lane % 16, 2 * i + lane / 16);
+    for (int i = 0; i < kVariants; ++i)
+      variant[i] = tile + (kByRows ? Tile::slab_offset(lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2)
+                                   : Tile::slab_offset(lane % 16, 2 * i + lane / 16));
+  }
+  // In another tile of as many columns, which begins `delta` bytes after this one.
+  template <class Other>
+  __device__ __forceinline__ uint32_t at_other(uint32_t delta, int row, int column_block) const {
+    static_assert(Other::kSlabUnits == Tile::kSlabUnits);
+    return variant[column_block % kVariants] + delta + row * Other::kRowBytes +
+           column_block / kVariants * Other::kSlabBytes;
   }
   // row: a multiple of 16; column_block: columns 16 * column_block onwards.
   __device__ __forceinline__ uint32_t at(int row, int column_block) const {

@@ -115,7 +115,7 @@ def _rotated(x, rope: RopeTables | None, dtype: torch.dtype, frames, first_token
 
 
 def _chunk_keys(k, v, past: Past, rope: RopeTables | None, geometry: CacheGeometry):
-    """The past's frames, stacked for as long as the call lasts, and the chunk's own keys as the cache would hold them."""
+    """Past frames, stacked for as long as the call lasts, and the own keys as the cache would hold them."""
     count = k.shape[1] // geometry.frame_tokens
     own_k = _rotated(k, rope, past.dtype, lambda: open_frames(past.num_frames, count))
     own_v = _aligned(reference.store(v, past.dtype))

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
 from cuda.launch import SHORT, TYPES, AttentionProblem, Rows, problem
 
 ROOT = Path(__file__).parents[2]

@@ -98,7 +98,7 @@ def forward(cuda_module, q, k, v, *, splits: int = 1, keys: int = 0, seed: int =
     module = module or cuda_module(f"forward/{name}")
     counts = module.launch(
         f"rf_attention_forward_{name}" + ("_k32" if small else ""), (blocks * heads * batch, splits),
-        (256 if head_dim == 256 else 128,), [bytes(params)], 2 * head_dim * (tile_rows + 2 * tile_keys), seed,
+        (256 if head_dim == 256 else 128,), [bytes(params)], 2 * head_dim * (tile_rows + 2 * tile_keys) + 32, seed,
         tensors=tensors | {"out": out, "lse": lse}, poison=["out", "lse"],
     )  # fmt: skip
     assert counts.unwritten == {"out": 0, "lse": 0}

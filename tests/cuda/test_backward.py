@@ -3,9 +3,9 @@
 import budget
 import pytest
 import torch
+
 from cuda.backward import backward
 from cuda.test_forward import padded, tables
-
 from rfkernels import reference
 from rfkernels.arguments import Past, open_frames
 from rfkernels.geometry import CacheGeometry, WindowMask
