@@ -94,7 +94,7 @@ __device__ __forceinline__ void turn_by_evicted(const FloatTile<Config>& tile, c
   if (walk.slot >= walk.kSlots || walk.first_pair >= p.rope.frame_pairs) return;
   PhaseCache phases;
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
+  for (int i = 0; i < kPhases; ++i)
     phases.cos[i] = 1.0f, phases.sin[i] = 0.0f;  // rows and columns of a frame are not evicted
 #pragma unroll 1
   for (int row = walk.slot; row <= last_row - first_row; row += walk.kSlots) {
