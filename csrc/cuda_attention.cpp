@@ -2,8 +2,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "cuda/attention_params.h"
-#include "cuda/host.h"
+#include "cuda/attention_host.h"
 
 // A kernel is a line here and one in kForward.
 #define RF_FORWARD_KERNELS(X)           \
@@ -36,7 +35,7 @@ struct ForwardKernel {
   int head_dim, keys, threads;
   bool small;  // made for multiprocessors of 100 KB
 
-  int shared_bytes() const { return (kTileRows + 2 * keys) * head_dim * 2; }
+  int shared_bytes() const { return (kTileRows + 2 * keys) * head_dim * 2 + 32; }
 };
 
 // The first row that fits serves.
@@ -64,18 +63,6 @@ const ForwardKernel& forward_kernel(const Tensor& k, int64_t head_dim) {
   STD_TORCH_CHECK(false, "no CUDA attention kernel was compiled in for this dtype and head_dim ", head_dim);
 }
 
-Rows rows(const TensorView& x) {
-  const int64_t item = item_size(x.dtype);
-  STD_TORCH_CHECK(!x || x.aligned, "attention needs rows that begin at multiples of 16 bytes");
-  return {x.data, x.batch_stride / item, x.token_stride / item, x.head_stride / item};
-}
-
-ElementType element_type(DType dtype) {
-  return dtype == DType::Float16    ? ElementType::kFloat16
-         : dtype == DType::BFloat16 ? ElementType::kBFloat16
-                                    : ElementType::kFloat32;
-}
-
 // As many blocks as fill the device once share the keys of a tile of queries, each with two tiles of keys or more.
 int64_t splits_of(int64_t blocks, int64_t keys, const ForwardKernel& kernel, const Tensor& x) {
   const int64_t resident = int64_t(processors(x)) * (kernel.head_dim <= 128 ? 2 : 1);
@@ -88,44 +75,13 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, Optio
                                              int64_t sink_tokens, int64_t window_tokens, int64_t chunk_tokens,
                                              int64_t first_chunk_tokens, bool own_chunk, OptionalTensor frame_turns,
                                              OptionalTensor spatial, bool half_split, double scale) {
-  const TensorView vq = view(q, k), vk = view(k, k), vv = view(v, k), vok = view(own_k, k), vov = view(own_v, k);
-  const auto like_k = [&](const TensorView& x, int64_t tokens) {
-    return x.dtype == vk.dtype && x.batch == vk.batch && x.heads == vk.heads && x.head_dim == vk.head_dim &&
-           x.tokens == tokens;
-  };
-  check_served(k, vk.head_dim);
-  STD_TORCH_CHECK(vq.dtype != DType::Float64 && vq.batch == vk.batch && vq.head_dim == vk.head_dim && vk.heads > 0 &&
-                      vq.heads % vk.heads == 0 && like_k(vv, vk.tokens),
-                  "q, k and v do not match each other");
-  STD_TORCH_CHECK(own_k.has_value() == own_v.has_value() && (!own_k || num_frames) &&
-                      (!own_k || (like_k(vok, vq.tokens) && like_k(vov, vq.tokens))),
-                  "own_k and own_v must be the chunk's own keys and values, and need num_frames");
-  STD_TORCH_CHECK(frame_tokens > 0 && chunk_tokens > 0 && first_chunk_tokens > 0 && vk.tokens < (int64_t(1) << 31) &&
-                      vq.tokens < (int64_t(1) << 31),
-                  "impossible sizes");
-  const ForwardKernel& kernel = forward_kernel(k, vk.head_dim);
-
   ForwardParams params{};
-  AttentionProblem& p = params.problem;
-  p.use = !num_frames ? Use::kWindow : own_k ? Use::kChunk : Use::kPrefix;
-  STD_TORCH_CHECK(p.use == Use::kWindow
-                      ? vq.tokens <= vk.tokens
-                      : vq.tokens % frame_tokens == 0 && vk.tokens + vok.tokens >= capacity * frame_tokens,
-                  "queries or keys do not fit the geometry");
-  p.q = rows(vq), p.k = rows(vk), p.v = rows(vv), p.own_k = rows(vok), p.own_v = rows(vov);
-  if (num_frames) p.num_frames = frame_counts(*num_frames, vq.batch, k);
-  if (frame_turns) {
-    check_same_device(*frame_turns, k);
-    const RopeView rope = rope_view(frame_turns, spatial, half_split, frame_tokens, vk.head_dim, DType::Float32);
-    p.rope = {rope.frame_turns, static_cast<const float*>(rope.spatial), int32_t(rope.frame_pairs), half_split};
-  }
-  p.mask = {sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, own_chunk};
-  p.frame_tokens = frame_tokens;
-  p.capacity = capacity;
-  p.batch = int32_t(vq.batch), p.queries = int32_t(vq.tokens), p.keys = int32_t(vk.tokens);
-  p.heads = int32_t(vq.heads), p.kv_heads = int32_t(vk.heads);
-  p.q_type = element_type(vq.dtype);
-  p.scale = float(scale);
+  params.problem =
+      attention_problem(q, k, v, own_k, own_v, num_frames, frame_tokens, capacity, sink_tokens, window_tokens,
+                        chunk_tokens, first_chunk_tokens, own_chunk, frame_turns, spatial, half_split, scale);
+  const AttentionProblem& p = params.problem;
+  const TensorView vq = view(q, k), vk = view(k, k), vok = view(own_k, k);
+  const ForwardKernel& kernel = forward_kernel(k, vk.head_dim);
 
   const Tensor out = torch::stable::new_empty(k, q.sizes());
   const Tensor lse = torch::stable::new_empty(k, {vq.batch, vq.heads, vq.tokens}, ScalarType::Float);

@@ -15,6 +15,12 @@ __device__ __forceinline__ void copy_async_or_zero(uint32_t shared, const void* 
                : "memory");
 }
 
+// Eight bytes, through L1.
+__device__ __forceinline__ void copy_async8_or_zero(uint32_t shared, const void* global, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(exists ? 8 : 0)
+               : "memory");
+}
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most kPending of the newest groups are in flight.

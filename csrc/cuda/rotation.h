@@ -27,17 +27,20 @@ struct PhaseCache {
   float cos[kPhases], sin[kPhases];
   int frame = INT32_MIN;
 
-  __device__ __forceinline__ void set(const QueryRope& rope, int first_pair, int pairs, int new_frame, int token) {
-    if (new_frame != frame) {
-      frame = new_frame;
+  __device__ __forceinline__ void set_frame(const QueryRope& rope, int first_pair, int new_frame) {
+    if (new_frame == frame) return;
+    frame = new_frame;
 #pragma unroll
-      for (int i = 0; i < kPhases; ++i) {
-        if (first_pair + i >= rope.frame_pairs) break;
-        double turns = double(frame) * rope.frame_turns[first_pair + i];
-        turns -= rint(turns);
-        sincos_turns(float(turns), sin[i], cos[i]);
-      }
+    for (int i = 0; i < kPhases; ++i) {
+      if (first_pair + i >= rope.frame_pairs) break;
+      double turns = double(frame) * rope.frame_turns[first_pair + i];
+      turns -= rint(turns);
+      sincos_turns(float(turns), sin[i], cos[i]);
     }
+  }
+
+  __device__ __forceinline__ void set(const QueryRope& rope, int first_pair, int pairs, int new_frame, int token) {
+    set_frame(rope, first_pair, new_frame);
     const float* table = rope.spatial + 2 * int64_t(token) * (pairs - rope.frame_pairs);
 #pragma unroll
     for (int i = 0; i < kPhases; ++i) {
@@ -46,25 +49,26 @@ struct PhaseCache {
     }
   }
 
-  // a, b: the first and the second half of what `set` knows the phases of, as it lies in memory.
-  __device__ __forceinline__ void rotate(float (&a)[kPhases], float (&b)[kPhases], bool half_split) const {
+  // a, b: the first and the second half of what `set` knows the phases of, as it lies in memory. back: undoes it.
+  __device__ __forceinline__ void rotate(float (&a)[kPhases], float (&b)[kPhases], bool half_split,
+                                         bool back = false) const {
     if (half_split) {
 #pragma unroll
-      for (int i = 0; i < kPhases; ++i) turn(a[i], b[i], i);
+      for (int i = 0; i < kPhases; ++i) turn(a[i], b[i], i, back);
     } else {
 #pragma unroll
       for (int i = 0; i < kPhases / 2; ++i) {
-        turn(a[2 * i], a[2 * i + 1], i);
-        turn(b[2 * i], b[2 * i + 1], kPhases / 2 + i);
+        turn(a[2 * i], a[2 * i + 1], i, back);
+        turn(b[2 * i], b[2 * i + 1], kPhases / 2 + i, back);
       }
     }
   }
 
  private:
-  __device__ __forceinline__ void turn(float& first, float& second, int i) const {
-    const float x = first, y = second;
-    first = x * cos[i] - y * sin[i];
-    second = x * sin[i] + y * cos[i];
+  __device__ __forceinline__ void turn(float& first, float& second, int i, bool back) const {
+    const float x = first, y = second, s = back ? -sin[i] : sin[i];
+    first = x * cos[i] - y * s;
+    second = x * s + y * cos[i];
   }
 };
 

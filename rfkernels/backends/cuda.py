@@ -11,7 +11,6 @@ from .. import native, reference
 from ..arguments import CacheTensors, Past, open_frames
 from ..geometry import CacheGeometry, WindowMask
 from ..rope import NO_ROPE, RopeTables
-from . import sdpa
 
 _ops = torch.ops.rfkernels_native
 
@@ -51,7 +50,7 @@ def yields(device: torch.device) -> str | None:
     """Why `auto` takes Triton first where both run, or None."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9:
         return "on Hopper mma.sync reaches about 60 % of the tensor cores' rate, and Triton's kernels use wgmma"
-    return "gradients are computed by torch operations so far"
+    return None
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -108,31 +107,64 @@ def streaming_attention(q, new_k, new_v, cache, num_frames, rope, geometry, scal
     )  # fmt: skip
 
 
-def chunk_attention(q, k, v, past: Past, rope: RopeTables | None, geometry: CacheGeometry, scale: float):
-    frames = open_frames(past.num_frames, q.shape[1] // geometry.frame_tokens)
-    own_k = reference.store(k, past.dtype) if rope is None else rotate(k, frames, rope, dtype=past.dtype)
-    own_k, own_v = _aligned(own_k), _aligned(reference.store(v, past.dtype))
+def _rotated(x, rope: RopeTables | None, dtype: torch.dtype, frames, first_token: int = 0) -> torch.Tensor:
+    turned = (
+        reference.store(x, dtype) if rope is None else rotate(x, frames(), rope, first_token=first_token, dtype=dtype)
+    )
+    return _aligned(turned)
+
+
+def _chunk_keys(k, v, past: Past, rope: RopeTables | None, geometry: CacheGeometry):
+    """Past frames, stacked for as long as the call lasts, and the own keys as the cache would hold them."""
+    count = k.shape[1] // geometry.frame_tokens
+    own_k = _rotated(k, rope, past.dtype, lambda: open_frames(past.num_frames, count))
+    own_v = _aligned(reference.store(v, past.dtype))
     past_k, past_v = reference.past_tensors(past) if past.k else (own_k[:, :0], own_v[:, :0])
-    return _ops.attention_forward(
-        _aligned(q), past_k, past_v, own_k, own_v, past.num_frames, geometry.frame_tokens, geometry.capacity, *_NO_MASK,
-        *(rope or NO_ROPE), scale,
-    )  # fmt: skip
+    return past_k, past_v, own_k, own_v, past.num_frames, geometry.frame_tokens, geometry.capacity, *_NO_MASK
+
+
+def _window_keys(k, v, rope: RopeTables | None, mask: WindowMask):
+    tokens = 1 if rope is None else rope.frame_tokens
+    k = _rotated(k, rope, v.dtype, lambda: torch.arange(k.shape[1], device=k.device)[None] // tokens)
+    return k, _aligned(v), None, None, None, tokens, 0, *mask
+
+
+def chunk_attention(q, k, v, past: Past, rope: RopeTables | None, geometry: CacheGeometry, scale: float):
+    keys = _chunk_keys(k, v, past, rope, geometry)
+    return _ops.attention_forward(_aligned(q), *keys, *(rope or NO_ROPE), scale)
 
 
 def sink_window_attention(q, k, v, rope: RopeTables | None, mask: WindowMask, scale: float):
-    if rope is None:
-        k, tokens = reference.store(k, v.dtype), 1
-    else:
-        tokens = rope.frame_tokens
-        k = rotate(k, torch.arange(k.shape[1], device=k.device)[None] // tokens, rope, dtype=v.dtype)
-    return _ops.attention_forward(
-        _aligned(q), _aligned(k), _aligned(v), None, None, None, tokens, 0, *mask, *(rope or NO_ROPE), scale
+    return _ops.attention_forward(_aligned(q), *_window_keys(k, v, rope, mask), *(rope or NO_ROPE), scale)
+
+
+def _gradients(grad_out, grad_lse, out, lse, qkv, turned, sink_turned, keys, rope, scale):
+    """Queries are rotated in launches of their own: the backward reads them once for each tile of keys."""
+    types = [torch.float32 if x.dtype == torch.float64 else x.dtype for x in qkv]
+    grads = _ops.attention_backward(
+        _aligned(grad_out), grad_lse, _aligned(out), lse, turned, sink_turned, *keys, *(rope or NO_ROPE), scale, *types
     )
+    return tuple(grad.to(x.dtype) for grad, x in zip(grads, qkv, strict=True))
 
 
-# Gradients: torch operations that recompute the scores from the normaliser, block by block.
-chunk_attention_backward = sdpa.chunk_attention_backward
-sink_window_attention_backward = sdpa.sink_window_attention_backward
+def chunk_attention_backward(grad_out, grad_lse, q, k, v, out, lse, past: Past, rope, geometry, scale):
+    count = q.shape[1] // geometry.frame_tokens
+    turned = _rotated(q, rope, past.dtype, lambda: open_frames(past.num_frames, count))
+    keys = _chunk_keys(k, v, past, rope, geometry)
+    return _gradients(grad_out, grad_lse, out, lse, (q, k, v), turned, turned, keys, rope, scale)
+
+
+def sink_window_attention_backward(grad_out, grad_lse, q, k, v, out, lse, rope, mask: WindowMask, scale):
+    if rope is None:
+        turned = sink_turned = _rotated(q, None, v.dtype, None)
+    else:
+        tokens, first = rope.frame_tokens, k.shape[1] - q.shape[1]
+        index = torch.arange(first, k.shape[1], device=q.device)[None]
+        frames, evicted = index // tokens, mask.evicted_frames(index, tokens)
+        turned = _rotated(q, rope, v.dtype, lambda: frames, first % tokens)
+        sink_turned = _rotated(q, rope, v.dtype, lambda: frames - evicted, first % tokens)
+    keys = _window_keys(k, v, rope, mask)
+    return _gradients(grad_out, grad_lse, out, lse, (q, k, v), turned, sink_turned, keys, rope, scale)
 
 
 # --- Re-DMD -----------------------------------------------------------------------------------------------------------
