@@ -95,9 +95,11 @@ def test_flicker_sees_brightness_and_not_motion():
 
 def test_drift_sees_a_picture_that_blurs():
     frames, _ = panned(0.0, frames=8)
-    blurred = torch.nn.functional.avg_pool2d(frames[:, 4:].flatten(0, 1), 3, 1, 1).unflatten(0, (-1, 4))
+    blurred = torch.nn.functional.avg_pool2d(frames[:, 4:].flatten(0, 1), 3, 1, 1, count_include_pad=False).unflatten(
+        0, (-1, 4)
+    )
     assert metrics.drift(frames, 4).max() < 1e-4
-    assert metrics.drift(torch.cat([frames[:, :4], blurred], 1), 4).min() > 0.05
+    assert metrics.drift(torch.cat([frames[:, :4], blurred], 1), 4).min() > 0.3
     assert (metrics.sharpness(blurred) < metrics.sharpness(frames[:, :4])).all()
 
 
