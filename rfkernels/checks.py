@@ -61,6 +61,21 @@ def integer(name: str, value, low: int, high: int | None = None) -> int:
     return int(value)
 
 
+def number(name: str, value, low: float, high: float, open_low: bool = False) -> float:
+    """``value`` is a real number in ``[low, high]`` (``(low, high]``)."""
+    if not isinstance(value, numbers.Real) or not low <= value <= high or (open_low and value == low):
+        raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}], got {value!r}")
+    return float(value)
+
+
+def chunk_lengths(chunk_frames: int, first_chunk_frames: int | None, window_frames: int) -> tuple[int, int]:
+    """Frames of a chunk and of a stream's first one (default the same), both of which the window holds."""
+    chunk_frames = integer("chunk_frames", chunk_frames, 1)
+    window_frames = integer("window_frames", window_frames, chunk_frames)
+    first = chunk_frames if first_chunk_frames is None else first_chunk_frames
+    return chunk_frames, integer("first_chunk_frames", first, 1, window_frames)
+
+
 def scale(value: float | None, head_dim: int) -> float:
     """The softmax scale; default ``head_dim ** -0.5``."""
     if value is None:

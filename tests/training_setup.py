@@ -1,6 +1,7 @@
 """A small `ReDMDTrainer`, whole or, run by torchrun, one rank of a sharded one."""
 
 import sys
+import warnings
 
 import torch
 from test_model import small
@@ -42,6 +43,7 @@ def main(folder):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", message="FSDP2-wrapped module")
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     trainer = make(wrap=shard, accumulation=2, checkpointing=True, **SHARDED)

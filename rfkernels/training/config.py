@@ -29,6 +29,7 @@ class ReDMDConfig:
         accumulation: micro-batches of a step.
         max_grad_norm: of either network; None does not clip.
         ema_decay, ema_start: moving average of the student's weights, float32, beginning as a copy after that step.
+        total_steps: where `ReDMDTrainer.train` ends.
         autocast: "bfloat16", or None. (With FSDP2 use `shard`'s dtype instead.)
         seed: of noise, timesteps and choice of steps, which depend on (seed, step, sample) alone.
 
@@ -70,13 +71,13 @@ class ReDMDConfig:
     seed: int = 0
 
     def __post_init__(self):
-        positive = "num_frames height width chunk_frames window_frames grad_frames generator_every accumulation"
-        for name in (*positive.split(), "total_steps"):
+        positive = "num_frames height width grad_frames generator_every accumulation total_steps"
+        for name in positive.split():
             checks.integer(name, getattr(self, name), 1)
         for name in ("ema_start", "seed", "sink_frames"):
             checks.integer(name, getattr(self, name), 0)
-        if self.window_frames < self.chunk_frames:
-            raise ValueError(f"window_frames must hold a chunk of {self.chunk_frames}, got {self.window_frames}")
+        checks.chunk_lengths(self.chunk_frames, self.first_chunk_frames, self.window_frames)
+        checks.number("context_noise", self.context_noise, 0, 1000)
         for name, low in (("lr", 0), ("critic_lr", 0), ("weight_decay", 0)):
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")

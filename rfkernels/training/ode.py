@@ -100,7 +100,9 @@ def ode_regression_loss(
     chunk = torch.tensor([0 if f < first else 1 + (f - first) // mask.chunk_frames for f in range(frames)])
     uniform = draw(torch.rand, (batch, int(chunk[-1]) + 1), generator, "cpu", torch.float32)
     index = (uniform * len(times)).long()[:, chunk].to(trajectories.device)  # [B, F]
-    noisy = trajectories[torch.arange(batch, device=index.device)[:, None], index, torch.arange(frames)]
+    noisy = trajectories[
+        torch.arange(batch, device=index.device)[:, None], index, torch.arange(frames, device=index.device)
+    ]
     clean, timesteps = trajectories[:, -1], torch.tensor(times, device=index.device)[index]
     forward = {"clean": clean} if teacher_forcing else {}
     return squared_error(predict_clean(model, noisy, timesteps, context, mask=mask, **forward), clean, weight)

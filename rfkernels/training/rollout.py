@@ -70,15 +70,13 @@ class SelfForcingRollout:
     ):
         self.model, self.schedule = model, FlowMatchSchedule(shift)
         self.timesteps = self.schedule.timesteps(steps)
-        self.chunk_frames = checks.integer("chunk_frames", chunk_frames, 1)
-        checks.integer("window_frames", window_frames, self.chunk_frames)
-        first = self.chunk_frames if first_chunk_frames is None else first_chunk_frames
-        self.first_chunk_frames = checks.integer("first_chunk_frames", first, 1, window_frames)
+        self.chunk_frames, self.first_chunk_frames = checks.chunk_lengths(
+            chunk_frames, first_chunk_frames, window_frames
+        )
         self.grad_frames = checks.integer("grad_frames", grad_frames, 0)
         self.last_step_only, self.same_step = bool(last_step_only), bool(same_step)
-        if not 0 <= context_noise <= 1000:
-            raise ValueError(f"context_noise must be in [0, 1000], got {context_noise!r}")
-        self.context_noise, self.add_context_noise = float(context_noise), bool(add_context_noise)
+        self.context_noise = checks.number("context_noise", context_noise, 0, 1000)
+        self.add_context_noise = bool(add_context_noise)
         self.cache_options = cache_options | dict(sink_frames=sink_frames, window_frames=window_frames, alpha=alpha)
 
     def __call__(

@@ -63,6 +63,13 @@ class ReDMDTrainer:
                 if self.world > 1 and not all(isinstance(p, DTensor) for p in model.parameters()):
                     raise ValueError(f"{name} must be sharded (rfkernels.training.shard) to train on several ranks")
         self.device = student.device
+        for name, model in (("teacher", teacher), ("critic", critic)):
+            if model.device != self.device:
+                raise ValueError(f"{name} must be on the student's device {self.device}, got {model.device}")
+            for size in ("in_channels", "text_dim"):
+                own, got = getattr(student.config, size), getattr(model.config, size)
+                if own != got:
+                    raise ValueError(f"{name} must have the student's {size}={own}, got {got}")
         if uncond is not None:
             checks.tensor("uncond", uncond, 3, self.device)
             checks.shape("uncond", uncond, batch=1, tokens=None, text_dim=teacher.config.text_dim)
@@ -98,8 +105,9 @@ class ReDMDTrainer:
 
         Returns:
             metrics, detached tensors on the device: ``critic_loss``, ``critic_grad_norm`` (before clipping), and in a
-            student's step ``loss``, ``grad_norm``, ``dmd_gradient_norm`` (mean over samples), ``reward`` and
-            ``weight`` (of this rank's samples, as used), ``effective_sample_size`` (of all).
+            student's step ``loss``, ``grad_norm``, ``dmd_gradient_norm`` (of the loss in a sample, mean over samples),
+            ``reward``, ``weight`` (as used) and ``effective_sample_size``. Losses, rewards, weights and
+            dmd_gradient_norm are of this rank's samples.
 
         The critic learns from the student as it is after its update. So a step can fail between the two: the next call
         then finishes it, by the critic's part alone, and takes the path of a step that did not fail.
@@ -131,7 +139,7 @@ class ReDMDTrainer:
             yield self.step(data(self.step_index))
 
     def _train_generator(self, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
-        losses, seen = [], []
+        losses, seen, parts = [], [], len(batches) * self.world
         with self._gradients_of(self.optimizer):
             for index, batch in enumerate(batches):
                 loss, metrics = self._generator_loss(index, *batch)
@@ -140,24 +148,26 @@ class ReDMDTrainer:
                 seen.append(metrics)
             weight = torch.cat([m["weight"] for m in seen])
             everyone = self._gather(weight)
+            scale = 1.0
             if self.config.normalize_weights:
+                scale = everyone.mean()
                 # The gradient is linear in the weights: dividing it by their mean now, when all of them are known, is
                 # dividing each of them.
                 for p in self.weights.values():
                     if p.grad is not None:
-                        p.grad.div_(everyone.mean())
-                weight = weight / everyone.mean()
+                        p.grad.div_(scale)
             norm = self._update("student", self.weights, self.optimizer)
         if self.ema is not None:
             with torch.no_grad():
                 for name, p in self.weights.items():
                     self.ema[name].lerp_(p.detach().float(), 1 - self.config.ema_decay)
         metrics = {
-            "loss": torch.stack(losses).mean(),
+            "loss": torch.stack(losses).mean() / scale,
             "grad_norm": norm,
-            "dmd_gradient_norm": torch.cat([m["gradient_norm"] for m in seen]).mean(),
+            # Of the whole step's loss, not of a micro-batch's.
+            "dmd_gradient_norm": torch.cat([m["gradient_norm"] for m in seen]).mean() / (scale * parts),
             "reward": torch.cat([m["reward"] for m in seen]),
-            "weight": weight,
+            "weight": weight / scale,
             "effective_sample_size": effective_sample_size(everyone),
         }
         return metrics
