@@ -36,7 +36,7 @@ struct ForwardKernel {
   int head_dim, keys, threads;
   bool small;  // made for multiprocessors of 100 KB
 
-  int shared_bytes() const { return (kTileRows + 2 * keys) * head_dim * 2; }
+  int shared_bytes() const { return (kTileRows + 2 * keys) * head_dim * 2 + kForwardKeptBytes; }
 };
 
 // The first row that fits serves.
@@ -67,6 +67,8 @@ const ForwardKernel& forward_kernel(const Tensor& k, int64_t head_dim) {
 Rows rows(const TensorView& x) {
   const int64_t item = item_size(x.dtype);
   STD_TORCH_CHECK(!x || x.aligned, "attention needs rows that begin at multiples of 16 bytes");
+  STD_TORCH_CHECK(x.tokens <= 1 || x.token_stride / item < kFarthestTokens,
+                  "attention needs tokens less than 2**24 elements apart");
   return {x.data, x.batch_stride / item, x.token_stride / item, x.head_stride / item};
 }
 
