@@ -35,7 +35,7 @@ struct ForwardKernel {
   int head_dim, keys, threads;
   bool small;  // made for multiprocessors of 100 KB
 
-  int shared_bytes() const { return (kTileRows + 2 * keys) * head_dim * 2 + 32; }
+  int shared_bytes() const { return (kTileRows + 2 * keys) * head_dim * 2 + kForwardKeptBytes; }
 };
 
 // The first row that fits serves.

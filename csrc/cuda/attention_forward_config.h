@@ -10,6 +10,7 @@
 // meet its values, the values while its scores are formed: a pipeline of two tiles in flight whose addresses never
 // change. Half the tile keys where an SM has 100 KB, so that two blocks fit on it.
 #pragma once
+#include "attention_params.h"
 #include "element.h"
 #include "swizzle.h"
 
@@ -31,7 +32,7 @@ struct ForwardConfig {
   static constexpr int kSharedK = QTile::kBytes;
   static constexpr int kSharedV = kSharedK + KVTile::kBytes;
   static constexpr int kSharedKept = kSharedV + KVTile::kBytes;  // five ints, see KeptInShared
-  static constexpr int kSharedBytes = kSharedKept + 32;
+  static constexpr int kSharedBytes = kSharedKept + kForwardKeptBytes;
 
   static_assert(kHeadDim % 16 == 0 && kHeadDim <= 256 && kTileKeys % 16 == 0);
   static_assert(kRowBlocks * (kHeadDim / 8 + kTileKeys / 8) * 4 <= 192, "accumulator and scores leave 63 registers");

@@ -8,6 +8,8 @@ namespace rfkernels::cuda {
 inline Rows rows(const TensorView& x) {
   const int64_t item = item_size(x.dtype);
   STD_TORCH_CHECK(!x || x.aligned, "attention needs rows that begin at multiples of 16 bytes");
+  STD_TORCH_CHECK(x.tokens <= 1 || x.token_stride / item < kFarthestTokens,
+                  "attention needs tokens less than 2**24 elements apart");
   return {x.data, x.batch_stride / item, x.token_stride / item, x.head_stride / item};
 }
 

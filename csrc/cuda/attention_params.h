@@ -32,6 +32,9 @@ struct QueryRope {
   int32_t half_split;  // pairs are (i, i + D / 2) instead of (2i, 2i + 1)
 };
 
+constexpr int64_t kFarthestTokens = int64_t(1) << 24;  // elements: a tile then stays within 2**31 bytes
+constexpr int kForwardKeptBytes = 32;                  // of shared memory, beside the tiles
+
 // One attention problem, forward or backward. Token counts are below 2**31; k, v and out share one half type.
 struct AttentionProblem {
   Rows q;                     // of q_type, un-rotated where there is a rope

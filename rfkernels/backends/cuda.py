@@ -178,8 +178,11 @@ def redmd_loss(
     return _ops.redmd_loss(*latents, weight.contiguous(), mask, guidance_scale, fake_guidance_scale, need_grad)
 
 
+_FARTHEST_TOKENS = 2**24  # elements from token to token: a tile's offsets then stay within 2**31 bytes
+
+
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x, with rows that begin at multiples of 16 bytes: the attention kernels copy 16 bytes at a time."""
+    """x, with rows that the attention kernels can copy: at multiples of 16 bytes, not too far from each other."""
     item = x.element_size()
     whole = all(
         size <= 1 or stride * item % 16 == 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
@@ -187,7 +190,7 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     x = x if x.dtype != torch.float64 else x.float()
     return (
         x
-        if x.stride(-1) == 1 and whole and x.storage_offset() * item % 16 == 0
+        if x.stride(-1) == 1 and whole and x.stride(1) < _FARTHEST_TOKENS and x.storage_offset() * item % 16 == 0
         else x.clone(memory_format=torch.contiguous_format)
     )
 
