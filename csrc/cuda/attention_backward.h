@@ -64,8 +64,7 @@ __device__ __forceinline__ const char* row_address(const Rows& x, int64_t sample
 
 // s += own[kWhich] * swept[kWhich]^T.
 template <class Config, int kWhich>
-__device__ __forceinline__ void multiply(typename Config::Scores& s,
-                                         const OwnAddresses<Config>& own,
+__device__ __forceinline__ void multiply(typename Config::Scores& s, const OwnAddresses<Config>& own,
                                          const SweptAddresses<Config>& swept) {
   using T = typename Config::Element;
 #pragma unroll
@@ -194,9 +193,8 @@ __device__ __forceinline__ void store4(void* row, ElementType type, int column, 
     *reinterpret_cast<float4*>(static_cast<float*>(row) + column) = make_float4(x[0], x[1], x[2], x[3]);
   else
     *reinterpret_cast<uint2*>(static_cast<uint16_t*>(row) + column) =
-        type == ElementType::kFloat16
-            ? make_uint2(pack_saturated<Half>(x[0], x[1]), pack_saturated<Half>(x[2], x[3]))
-            : make_uint2(pack<BFloat16>(x[0], x[1]), pack<BFloat16>(x[2], x[3]));
+        type == ElementType::kFloat16 ? make_uint2(pack_saturated<Half>(x[0], x[1]), pack_saturated<Half>(x[2], x[3]))
+                                      : make_uint2(pack<BFloat16>(x[0], x[1]), pack<BFloat16>(x[2], x[3]));
 }
 
 // Writes `count` rows of a float tile to a gradient [B, N, H, D], turned back by the phases of first_index + row.

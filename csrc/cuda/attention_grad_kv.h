@@ -30,8 +30,7 @@ template <class Config>
 __device__ __forceinline__ void grad_kv_step(typename Config::Accumulator& sum_k, typename Config::Accumulator& sum_v,
                                              const AttentionProblem& p, const SweptQueries& queries, bool outside,
                                              int key, int row, int part, uint32_t terms,
-                                             const OwnAddresses<Config>& own,
-                                             const SweptAddresses<Config>& swept) {
+                                             const OwnAddresses<Config>& own, const SweptAddresses<Config>& swept) {
   const float scale2 = p.scale * kLog2E;
   typename Config::Scores w = {}, grad = {};
   multiply<Config, 0>(w, own, swept);

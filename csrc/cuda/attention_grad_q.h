@@ -54,8 +54,7 @@ struct ThreadRows {
 template <class Config>
 __device__ __forceinline__ void grad_q_step(typename Config::Accumulator& sum, const AttentionProblem& p,
                                             const ThreadRows<Config>& rows, const SweptKeys& keys, int part, int row,
-                                            int last_row, int key, int column_part,
-                                            const OwnAddresses<Config>& own,
+                                            int last_row, int key, int column_part, const OwnAddresses<Config>& own,
                                             const SweptAddresses<Config>& swept) {
   const float scale2 = p.scale * kLog2E;
   typename Config::Scores w = {}, grad = {};
@@ -154,8 +153,7 @@ __device__ __forceinline__ void attention_grad_q(const BackwardParams& params) {
       wait_copies<0>();
       __syncthreads();  // this tile is there; every warp is done with the one before
       if (key + Config::kSwept < keys.end) copy_keys(key + Config::kSwept, stage ^ 1);
-      const SweptAddresses<Config> swept(base + Config::kSharedSwept + stage * Config::kStageBytes,
-                                                             lane);
+      const SweptAddresses<Config> swept(base + Config::kSharedSwept + stage * Config::kStageBytes, lane);
       grad_q_step<Config>(sum, p, rows, keys, part, row, last_row, key, column_part, own, swept);
     }
     if (sinks && p.rope.frame_turns != nullptr) {
