@@ -39,7 +39,7 @@ const BackwardKernels& backward_kernels(DType dtype, int64_t head_dim) {
   STD_TORCH_CHECK(false, "no CUDA attention kernel was compiled in for this dtype and head_dim ", head_dim);
 }
 
-// A blocks' index is 32 bits wide.
+// gridDim.x is below 2**31.
 void launch(const Kernel& kernel, const Launch& plan, const auto& params, const std::vector<Tensor>& tensors,
             const std::vector<Tensor>& results) {
   STD_TORCH_CHECK(plan.blocks < (int64_t(1) << 31), "too many thread blocks");

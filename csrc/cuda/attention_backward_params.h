@@ -43,16 +43,14 @@ struct BackwardTiles {
 };
 
 // Registers of a thread at head_dim 128: accumulators 64 (grad_q) or 128 (grad_kv), scores and their gradients 16 each.
+// Two row blocks would halve the reads of swept tiles at head_dim 64, and spill on sm_90.
 constexpr BackwardTiles grad_q_tiles(int head_dim) {
-  return head_dim <= 64    ? BackwardTiles{2, 4, 1, 32}
-         : head_dim <= 128 ? BackwardTiles{1, 8, 1, 32}
-                           : BackwardTiles{1, 8, 2, 16};  // 256 columns a warp would spill
+  return head_dim <= 128 ? BackwardTiles{1, 8, 1, 32} : BackwardTiles{1, 8, 2, 16};  // 256 columns a warp would spill
 }
 
 constexpr BackwardTiles grad_kv_tiles(int head_dim) {
-  return head_dim <= 64    ? BackwardTiles{2, 4, 1, 32}
-         : head_dim <= 128 ? BackwardTiles{1, 8, 1, 32}
-                           : BackwardTiles{1, 8, 2, 16};  // two accumulators of 256 columns: half to each warp
+  return head_dim <= 128 ? BackwardTiles{1, 8, 1, 32}
+                         : BackwardTiles{1, 8, 2, 16};  // two accumulators of 256 columns: half to each warp
 }
 
 struct Launch {

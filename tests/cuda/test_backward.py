@@ -137,3 +137,16 @@ WINDOWS = {
 def test_window(cuda_module, case):
     queries, keys, mask, rope, heads = WINDOWS[case]
     run_window(cuda_module, BF16, 64, queries, keys, WindowMask(*mask), rope, heads)
+
+
+def test_equal_bits_in_any_order_of_blocks_and_warps(cuda_module):
+    q, k, v, grad_out = (padded(1, 150, heads, 64, dtype=BF16) for heads in (2, 1, 1, 2))
+    out, lse, grad_lse = torch.randn(1, 150, 2, 64).to(BF16), torch.randn(1, 2, 150) + 5, torch.randn(1, 2, 150)
+    first, second = (
+        backward(
+            cuda_module, grad_out, grad_lse, out, lse, q, q, k, v, types=(FP32,) * 3, scale=0.1, seed=seed,
+            mask=WindowMask(5, 40, 1, 1, True),
+        )[0]
+        for seed in (1, 2)
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -66,3 +66,22 @@ def test_it_refuses_what_it_has_no_kernels_for(device):
     x = torch.randn(1, 8, 1, 48, device=device, dtype=torch.bfloat16)
     with rf.use_backend("cuda"), pytest.raises(ValueError, match=r"head_dim .*64.*got 48"):
         rf.sink_window_attention(x, x, x, sink_tokens=1, window_tokens=2)
+
+
+def test_launches_of_a_backward(device, emulated):
+    """Queries are rotated for their window and for the sinks outside it; gradients take the dtypes of their inputs."""
+    rope = rf.Rope3D(64, 2, 3)
+    q, k, v = (
+        torch.randn(1, 60, 1, 64, device=device).to(dtype) for dtype in (torch.float64, torch.float32, DTYPES[0])
+    )
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with rf.use_backend("cuda"):
+        out = rf.sink_window_attention(*leaves, sink_tokens=6, window_tokens=12, chunk_tokens=6, rope=rope)
+        if emulated:
+            emulated.launches.clear()
+        out.sum().backward()
+    assert [x.grad.dtype for x in leaves] == [x.dtype for x in leaves]
+    if emulated:
+        names = [name for name, _ in emulated.launches]
+        kernels = [f"rf_attention_{name}" for name in ("delta_bf16", "grad_q_bf16_d64", "grad_kv_bf16_d64")]
+        assert names == ["rf_rotate"] * 3 + kernels
