@@ -114,7 +114,7 @@ def run_life(backend: str, device: torch.device, dtype: torch.dtype, life: Life,
     for size in chunk_sizes(life):
         seen += size
         streams.begin(size)
-        stage = "full" if seen == capacity else (seen > capacity) - (seen < life.sinks) + (seen > life.sinks) / 2
+        stage = tuple((seen > edge) - (seen < edge) for edge in (life.sinks, capacity))
         every_layer(streams, life, attending=stage not in reached)
         reached.add(stage)
     for frames, replace in ((life.frames, life.frames), (life.window, life.window // 2)):
