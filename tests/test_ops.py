@@ -101,7 +101,8 @@ def test_opcheck_of_the_compiled_ops():
     }
     from rfkernels.ops import _NATIVE_SCHEMAS
 
-    assert set(calls) == set(_NATIVE_SCHEMAS)
+    cuda_only = {"attention_forward", "attention_backward"}  # no kernel on the CPU
+    assert set(calls) == set(_NATIVE_SCHEMAS) - cuda_only
     for name, arguments in calls.items():
         torch.library.opcheck(getattr(torch.ops.rfkernels_native, name).default, arguments)
 
