@@ -12,6 +12,10 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
+    parser.add_argument(
+        "what", nargs="?", choices=("operations", "model", "e2e"), default="operations",
+        help="each operation beside its peers (default); a model pass by phase; a stream from text to pictures",
+    )  # fmt: skip
     parser.add_argument("-k", metavar="EXPR", help="rows whose names have these words, with and, or, not: any case")
     parser.add_argument("--quick", action="store_true", help="a few rows, under a minute on two cores")
     parser.add_argument("--list", action="store_true", help="only print the names of the rows")
@@ -24,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="PATH", help="save the run")
     parser.add_argument("--plot", metavar="PATH", help="save bars and a roofline as PNG (needs matplotlib)")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="print two saved runs side by side")
+    parser.add_argument("--preset", help="model, e2e: sizes; default tiny on a CPU, wan2.1-t2v-1.3b on a GPU")
+    parser.add_argument("--chunks", type=int, default=20, help="e2e: chunks to time")
+    parser.add_argument("--compile", action="store_true", help="e2e: torch.compile the model")
     parser.set_defaults(run=run)
 
 
@@ -47,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
     from . import report, runner
     from .environment import ceilings, environment
     from .operations import Options
-    from .timing import CpuTimer, CudaTimer, keep_memory
+    from .timing import keep_memory, make_timer
 
     # In a file or a pipe lines may be as long as the table.
     console = Console() if sys.stdout.isatty() else Console(width=150)
@@ -65,6 +72,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.plot:
         _require_matplotlib()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.what != "operations":
+        return _run_model(args, console, device)
     chosen = runner.select(device, args.k, args.quick)
     if args.list:
         for operation, case in chosen:
@@ -73,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.keep_memory:
         keep_memory()
     torch.manual_seed(0)
-    timer = CpuTimer() if device.type == "cpu" else CudaTimer(device, args.cuda_graph)
+    timer = make_timer(device, args.cuda_graph)
     settings = {"keep memory": args.keep_memory, "CUDA graph": args.cuda_graph and device.type == "cuda"}
     found = {"environment": environment(device, **settings), "rows": []}
     report.show_environment(console, found["environment"])
@@ -108,3 +117,29 @@ def _require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install 'rfkernels[bench]'") from None
+
+
+def _run_model(args: argparse.Namespace, console, device) -> int:
+    from rfkernels.models.config import PRESETS
+
+    from . import model, report
+    from .environment import environment
+    from .timing import make_timer
+
+    preset = args.preset or ("tiny" if device.type == "cpu" else "wan2.1-t2v-1.3b")
+    if preset not in PRESETS:
+        raise ValueError(f"--preset must be one of {sorted(PRESETS)}, got {preset!r}")
+    if args.chunks < 1:
+        raise ValueError(f"--chunks must be at least 1, got {args.chunks}")
+    found = {"environment": environment(device, preset=preset), "rows": []}
+    report.show_environment(console, found["environment"])
+    timer = make_timer(device)
+    with console.status(f"{args.what}: {preset}"):
+        if args.what == "model":
+            found["model"] = model.phases(preset, device, timer)
+        else:
+            found["e2e"] = model.end_to_end(preset, device, timer, 4 if args.quick else args.chunks, args.compile)
+    (report.show_phases if args.what == "model" else report.show_stream)(console, found[args.what])
+    if args.json:
+        report.save(args.json, found)
+    return 0

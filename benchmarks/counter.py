@@ -126,6 +126,9 @@ class CountingMode(BelowOps):
         overwritten = changed if name in ("copy_", "fill_", "zero_", "index_put_") or "out" in kwargs else []
         if name == "index_put_":  # only the elements that are chosen
             changed = [kwargs.get("values", args[2] if len(args) > 2 else None)]
+        if name in ("index", "index_select", "gather"):  # reads of its source what it returns
+            overwritten = [args[0]]
+            self.counts.read += sum(distinct_bytes(x) for x in made)
         self.counts.read += sum(distinct_bytes(x) for x in given if not any(x is y for y in overwritten))
         new = [x for x in made if StorageWeakRef(x.untyped_storage()) not in before]
         self.counts.written += sum(distinct_bytes(x) for x in [*changed, *new])

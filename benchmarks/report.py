@@ -73,6 +73,33 @@ def show_rows(console: Console, rows: list[dict]) -> None:
             console.print(f"  not timed: {row['contender']}: {row['skipped']}", highlight=False)
 
 
+def show_phases(console: Console, phases: dict) -> None:
+    whole = phases["whole pass"]["median"]
+    made = table("A later pass of the model on a full window", "", "median", "20 %, 80 %", "% of the pass")
+    for name, row in phases.items():
+        low, high = (seconds(row[key]) for key in ("low", "high"))
+        share = "" if name.startswith("cache: begin") else f"{100 * row['median'] / whole:.1f}"
+        made.add_row(name, seconds(row["median"]), f"{low}, {high}", share)
+    console.print(made)
+
+
+def show_stream(console: Console, run: dict) -> None:
+    title = f"{run['preset']}, {run['layers']} layers, latents {run['latent']}, {run['chunks']} chunks of a full window"
+    made = table(title, "a chunk", "median", "20 %, 80 %")
+    for name, row in run["parts"].items():
+        low, high = (seconds(row[key]) for key in ("low", "high"))
+        made.add_row(name, seconds(row["median"]), f"{low}, {high}")
+    console.print(made)
+    for name, value in run["chunk"].items():
+        console.print(f"chunk {name:12} {seconds(value)}", highlight=False)
+    for name in ("first-frame latency", "warm-up beyond the steady speed (compilation, first calls)"):
+        console.print(f"{name}  {seconds(run[name]) if run[name] > 0 else 'none'}", highlight=False)
+    for name in ("frames/s without decoding", "frames/s with decoding"):
+        value = f"not timed: {run['decoder']}" if run[name] is None else f"{run[name]:.2f}"
+        console.print(f"{name}  {value}", highlight=False)
+    console.print(f"peak memory  {run['peak memory'] / 1e6:.0f} MB", highlight=False)
+
+
 def show_skipped(console: Console, rows: list[dict]) -> None:
     """Each missing contender once."""
     reasons = {row["contender"]: row["skipped"] for row in rows if "skipped" in row and "gate" not in row}

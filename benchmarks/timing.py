@@ -33,6 +33,12 @@ class Timer(Protocol):
     def measure(self, function: Callable[[], object]) -> Callable[[], float]:
         """Calls the function; what is returned gives its seconds once the round is over."""
 
+    def mark(self) -> object:
+        """A moment; see `between`."""
+
+    def between(self, first: object, second: object) -> float:
+        """Seconds from one mark to another, once the round is over."""
+
     def end_round(self) -> None:
         """Waits for everything that was measured."""
 
@@ -46,6 +52,12 @@ class CpuTimer:
         function()
         seconds = self.clock() - start
         return lambda: seconds
+
+    def mark(self) -> float:
+        return self.clock()
+
+    def between(self, first: float, second: float) -> float:
+        return second - first
 
     def end_round(self) -> None:
         pass
@@ -85,15 +97,26 @@ class CudaTimer:
 
     def measure(self, function: Callable[[], object]) -> Callable[[], float]:
         function = self._replay(function) if self.graph else function
-        start, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
         self._dirt.zero_()  # evicts what the last call left in L2
-        start.record()
+        start = self.mark()
         function()
-        end.record()
-        return lambda: start.elapsed_time(end) / 1e3
+        end = self.mark()
+        return lambda: self.between(start, end)
+
+    def mark(self):
+        event = self.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, first, second) -> float:
+        return first.elapsed_time(second) / 1e3
 
     def end_round(self) -> None:
         self.cuda.synchronize()
+
+
+def make_timer(device: torch.device, graph: bool = False) -> Timer:
+    return CpuTimer() if device.type == "cpu" else CudaTimer(device, graph)
 
 
 def keep_memory() -> None:

@@ -1,0 +1,197 @@
+"""Limits that follow from sizes and from machine code, computed, not measured: ``python -m benchmarks.bounds``.
+
+For the attention loops of the static report: the clocks that one score costs each unit of an SM, and so the share of
+the tensor peak that the loop can reach at most. For the other kernels: the bytes they must move. For the model: what a
+chunk costs. The README carries the output; ``--write`` renews it, and a test compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rfkernels.models.config import PRESETS
+
+from .cases import CASES, Work
+
+BASELINE = Path(__file__).parent / "static_baseline.json"
+README = Path(__file__).parent / "README.md"
+
+ISSUE = 4  # warp instructions a clock: one by each of an SM's four schedulers
+SPECIAL = 16  # results of the special-function units a clock
+SHARED = 128  # bytes that shared memory delivers a clock
+PUBLISHED_FPS = 23.1  # one H100 (arXiv 2512.04678)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """tensor: FLOP of dense bfloat16 products with float32 sums, a clock and SM. rows: of queries that one read of an
+    operand from shared memory serves; None: those of a warp (mma.sync)."""
+
+    name: str
+    sms: int
+    ghz: float
+    tensor: int
+    gbps: float
+    rows: int | None
+
+    @property
+    def tflops(self) -> float:
+        return self.sms * self.ghz * self.tensor / 1e3
+
+
+# NVIDIA's A100, H100 and RTX Blackwell architecture whitepapers (SMs, boost clock, tensor throughput, memory) and the
+# DGX B200 data sheet; issue slots, special functions and shared memory from the CUDA programming guide.
+GPUS = {
+    80: Gpu("A100 SXM 80 GB", 108, 1.41, 2048, 2039, None),
+    90: Gpu("H100 SXM", 132, 1.83, 4096, 3350, 64),
+    100: Gpu("B200", 148, 1.856, 8192, 8000, 128),
+    120: Gpu("RTX 5090", 170, 2.407, 512, 1792, None),
+}
+
+
+def loop_bounds(row: dict, gpu: Gpu, head_dim: int = 128, itemsize: int = 2) -> dict[str, float]:
+    """Clocks of an SM per 1000 scores, by unit, for a row of the static report with an instruction mix."""
+    loop, block_m = row["loop"], row["tile"][0]
+    counted = [loop[key] for key in ("tensor", "memory", "special", "barrier", "other")]
+    rest = sum(counted) - loop["tensor"]
+    scores = rest / loop["per_score"]  # of a thread, in one turn of the loop; a warp instruction serves 32 threads
+    rows = min(block_m, gpu.rows or block_m // row["warps"])
+    return {
+        "tensor": 1000 * 4 * head_dim / gpu.tensor,
+        "issue": 1000 * sum(counted) / (32 * scores) / ISSUE,
+        "special": 1000 * loop["special"] / scores / SPECIAL,
+        "shared": 1000 * 2 * head_dim * itemsize / rows / SHARED,
+    }
+
+
+def attention_table() -> list[str]:
+    lines = [
+        "| kernel | GPU | tile | tensor | issue | special | shared | bound by | share of tensor peak |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for toolchain, rows in json.loads(BASELINE.read_text()).items():
+        gpu = GPUS[int(toolchain.rsplit("sm_", 1)[1].rstrip("a"))]
+        for row in rows:
+            if "loop" not in row or row["loop"] is None or row["case"].startswith("anchor"):
+                continue
+            clocks = loop_bounds(row, gpu)
+            worst = max(clocks, key=clocks.get)
+            cells = " | ".join(f"{value:.0f}" for value in clocks.values())
+            tile = " x ".join(map(str, row["tile"]))
+            share = f"{100 * clocks['tensor'] / clocks[worst]:.0f} %"
+            lines.append(f"| {row['case']}: {row['kernel']} | {gpu.name} | {tile} | {cells} | {worst} | {share} |")
+    return lines
+
+
+def memory_table() -> list[str]:
+    """The paper's shape: milliseconds that the bytes alone take, beside those that the products alone take."""
+    paper, clip = CASES["paper"], CASES["clip-rope"]
+    works: dict[str, Work] = {
+        "begin_chunk, 30 layers": paper.begin_chunk(),
+        "write, a layer": paper.write(),
+        "streaming pass, a layer": paper.attention(),
+        "chunk attention, a layer": paper.chunk_attention(),
+        "chunk attention, forward and backward": paper.chunk_attention_training(),
+        "sequence of 21 frames, forward": clip.forward(),
+        "sequence of 21 frames, forward and backward": clip.training(),
+        "Re-DMD loss": CASES["clip-latent"].redmd(),
+    }
+    gpus = list(GPUS.values())
+    lines = [
+        "| operation | GFLOP | MB | " + " | ".join(f"{g.name}, us" for g in gpus) + " |",
+        "|---|---|---|" + "---|" * 4,
+    ]
+    for name, work in works.items():
+        cells = []
+        for gpu in gpus:
+            tensor, dram = work.flops / gpu.tflops / 1e6, work.bytes / gpu.gbps / 1e3
+            cells.append(f"{max(tensor, dram):.0f} ({'tensor' if tensor > dram else 'DRAM'})")
+        lines.append(f"| {name} | {work.flops / 1e9:.1f} | {work.bytes / 1e6:.1f} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def chunk_budget() -> dict[str, Work]:
+    """One chunk of three latent frames of the 1.3B model, all five passes, text already encoded."""
+    config, case = PRESETS["wan2.1-t2v-1.3b"], CASES["paper"]
+    tokens, dim, ffn, size = case.queries, config.dim, config.ffn_dim, 2
+    activation = tokens * dim * size
+
+    def linear(inputs: int, outputs: int, rows: int = tokens) -> Work:
+        return Work(2.0 * rows * inputs * outputs, size * (inputs * outputs + rows * (inputs + outputs)))
+
+    cross = Work(4.0 * tokens * config.text_len * dim, 2 * activation + 2 * config.text_len * dim * size)
+    patch = config.in_channels * 4
+    layer = {
+        "projections (q, k, v, o; cross-attention q, o)": linear(dim, dim).times(6),
+        "self-attention, window and sink": case.attention(),
+        "cross-attention to 512 text tokens": cross,
+        "feed-forward": linear(dim, ffn) + linear(ffn, dim),
+    }
+    parts = {name: work.times(config.num_layers * case.passes) for name, work in layer.items()}
+    parts["begin_chunk"] = case.begin_chunk()
+    parts["patches and head"] = (linear(patch, dim) + linear(dim, patch)).times(case.passes)
+    # Norms, modulation and residuals, unfused from each other but each one pass: 6 reads and 3 writes of the tokens.
+    parts["norms, modulation, residuals"] = Work(0.0, 9.0 * activation).times(config.num_layers * case.passes)
+    return parts
+
+
+def budget_table() -> list[str]:
+    gpu = GPUS[90]
+    lines = ["| part of a chunk | TFLOP | GB | H100 at least, ms |", "|---|---|---|---|"]
+    total, milliseconds = Work(0.0, 0.0), 0.0
+    for name, work in chunk_budget().items():
+        floor = max(work.flops / gpu.tflops / 1e9, work.bytes / gpu.gbps / 1e6)
+        total, milliseconds = total + work, milliseconds + floor
+        lines.append(f"| {name} | {work.flops / 1e12:.2f} | {work.bytes / 1e9:.1f} | {floor:.1f} |")
+    lines.append(f"| **all** | {total.flops / 1e12:.1f} | {total.bytes / 1e9:.0f} | {milliseconds:.0f} |")
+    pictures = 12  # the VAE makes four of a latent frame
+    published = 1000 * pictures / PUBLISHED_FPS
+    lines += [
+        "",
+        f"{pictures} pictures in {milliseconds:.0f} ms are {1000 * pictures / milliseconds:.0f} frames/s at the most "
+        f"(computed; decoding not included), beside the published {PUBLISHED_FPS} on one H100: "
+        f"{published:.0f} ms a chunk, {100 * milliseconds / published:.0f} % of the limit.",
+    ]
+    return lines
+
+
+SECTIONS = {"loops": attention_table, "memory": memory_table, "budget": budget_table}
+
+
+def marked(name: str, text: str) -> str:
+    return f"<!-- {name}: python -m benchmarks.bounds --write -->\n{text}\n<!-- end of {name} -->"
+
+
+def renewed(page: str) -> str:
+    """The page with every marked section as it is computed now.
+
+    Raises:
+        ValueError: the page lacks a section.
+    """
+    for name, make in SECTIONS.items():
+        pattern = re.compile(rf"<!-- {name}:.*?<!-- end of {name} -->", re.DOTALL)
+        if not pattern.search(page):
+            raise ValueError(f"the page has no section {name!r}")
+        text = marked(name, "\n".join(make()))
+        page = pattern.sub(lambda _, text=text: text, page)
+    return page
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bounds", description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="renew the sections of README.md")
+    if parser.parse_args().write:
+        README.write_text(renewed(README.read_text()))
+        return 0
+    for name, make in SECTIONS.items():
+        print(f"{name} (computed)\n", *make(), "", sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
