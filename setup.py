@@ -1,6 +1,7 @@
 """Builds the compiled part with CMake and ninja where that is possible, and says what is left out where it is not."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,13 @@ def site_packages():
     return [Path(folder) for folder in dict.fromkeys(folders) if folder]
 
 
+def torch_cuda(folder):
+    """The CUDA version that the torch in ``folder`` was built with; "" for none."""
+    scope = {}
+    exec((folder / "version.py").read_text(), scope)
+    return scope.get("cuda") or ""
+
+
 def find_torch():
     """(folder, version) of the torch that the package will run with, or None."""
     for folder in site_packages():
@@ -37,6 +45,11 @@ def find_nvcc():
         return shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"]) / "bin"))
     candidates = [nvcc for folder in site_packages() for nvcc in folder.glob("nvidia/cu*/bin/nvcc")]
     return shutil.which("nvcc") or (str(candidates[0]) if candidates else None)
+
+
+def listed(variable):
+    """An environment variable whose entries are separated by spaces, commas or semicolons, as a list for CMake."""
+    return ";".join(re.split(r"[\s,;]+", os.environ.get(variable, "").strip()))
 
 
 def find_compiler():
@@ -77,7 +90,10 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11,
             "RF_TORCH_DIR": folder,
             "RF_TORCH_VERSION": version,
+            "RF_TORCH_CUDA": torch_cuda(folder),
             "RF_NVCC": find_nvcc() or "",
+            "RF_CUDA_ARCHITECTURES": listed("TORCH_CUDA_ARCH_LIST"),
+            "RF_CUDA_HEAD_DIMS": listed("RFKERNELS_HEAD_DIMS"),
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
         subprocess.check_call(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *defines])

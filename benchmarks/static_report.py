@@ -1,4 +1,4 @@
-"""What the assembler made of the Triton kernels: ``python -m benchmarks.static_report [--check | --write]``.
+"""What the assembler made of the Triton kernels: ``python -m benchmarks.static_report [--check | --write | --survey]``.
 
 Registers, spills, stack, shared memory, CTAs per SM and the instruction mix of the forward kernel's mask-free loop, for
 every architecture, without a GPU. Static facts only: nothing here is a timing.
@@ -7,6 +7,7 @@ every architecture, without a GPU. Static facts only: nothing here is a timing.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
-from benchmarks.aot import ARCHITECTURES, TOOLS, Compiled, compiled
+from benchmarks.aot import ARCHITECTURES, SHARED_BLOCK, TOOLS, Compiled, compiled
 from rfkernels import Rope3D
 from rfkernels.arguments import CacheTensors, Past
 from rfkernels.backends import triton as backend
@@ -28,6 +29,8 @@ from rfkernels.triton import tiles
 BASELINE = Path(__file__).parent / "static_baseline.json"
 TOKENS, SINKS, WINDOW, FRAMES, HEADS = 1560, 3, 6, 3, 12  # the paper's shape
 ROWS = TOKENS * 9  # of a training sequence
+SURVEYED = (128, 64, 256, 96, 32, 48, 80)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def calls(dtype: torch.dtype, head_dim: int, frame_tokens: int = TOKENS) -> dict[str, Callable[[], object]]:
@@ -169,21 +172,47 @@ def show(rows: list[dict]) -> None:
         )
 
 
+def faults(kernel: Compiled) -> str | None:
+    """What no kernel may have: spills, a stack frame, more shared memory than a block gets."""
+    if kernel.spills or kernel.stack:
+        return f"{kernel.spills} spills, {kernel.stack} bytes of stack"
+    if kernel.shared > SHARED_BLOCK[kernel.arch]:
+        return f"{kernel.shared} bytes of shared memory"
+    return None
+
+
+def survey(archs: list[int]) -> bool:
+    """Every kernel at every dtype and SURVEYED head size: lists those with faults, and says whether there are none."""
+    clean = True
+    for head_dim, (name, dtype), arch in itertools.product(SURVEYED, DTYPES.items(), archs):
+        faulty = []
+        for case, call in calls(dtype, head_dim).items():
+            faulty += [row(case, k) for k in compiled(call, arch) if faults(k)]
+        print(f"sm_{arch}, {name}, head_dim {head_dim}: {len(faulty)} with faults", flush=True)
+        show(faulty)
+        clean = clean and not faulty
+    return clean
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--check", action="store_true", help="compare with the checked-in baseline")
-    parser.add_argument("--write", action="store_true", help="write the baseline")
+    parser.add_argument("--write", action="store_true", help="write these rows into the baseline")
+    parser.add_argument("--survey", action="store_true", help="spills at every dtype and head size (an hour)")
     arguments = parser.parse_args()
+    if arguments.survey:
+        return 0 if survey(arguments.arch) else 1
     reports = {}
     for arch in arguments.arch:
         reports[toolchain(arch)] = report(torch.bfloat16, 128, arch)
         print(toolchain(arch), "bfloat16, head_dim 128")
         show(reports[toolchain(arch)])
     if arguments.write:
+        kept = json.loads(BASELINE.read_text()) | reports  # other toolchains' and architectures' rows stay
         lines = (
             f" {json.dumps(key)}: [\n" + ",\n".join("  " + json.dumps(r) for r in rows) + "\n ]"
-            for key, rows in reports.items()
+            for key, rows in kept.items()
         )
         BASELINE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     if arguments.check:

@@ -5,6 +5,8 @@
 
 #if defined(__CUDACC__)
 #define RF_HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define RF_HOST_DEVICE inline __attribute__((always_inline))
 #else
 #define RF_HOST_DEVICE inline
 #endif
@@ -43,6 +45,15 @@ struct CacheGeometry {
   }
 };
 
+// a / b for a >= 0, b > 0. Kernels serve fewer than 2**32 tokens, and a 64-bit division costs a GPU a long subroutine.
+RF_HOST_DEVICE int64_t quotient(int64_t a, int64_t b) {
+#if defined(__CUDA_ARCH__)
+  return b > a ? 0 : uint32_t(a) / uint32_t(b);
+#else
+  return a / b;
+#endif
+}
+
 // The visibility rule of full-sequence attention, in tokens. Query i belongs to the chunk [begin(i), end(i)).
 struct WindowMask {
   int64_t sink_tokens;
@@ -52,8 +63,9 @@ struct WindowMask {
   bool own_chunk;              // false: a query does not see its own chunk
 
   RF_HOST_DEVICE int64_t chunk_end(int64_t i) const {
-    return i < first_chunk_tokens ? first_chunk_tokens
-                                  : first_chunk_tokens + ((i - first_chunk_tokens) / chunk_tokens + 1) * chunk_tokens;
+    return i < first_chunk_tokens
+               ? first_chunk_tokens
+               : first_chunk_tokens + (quotient(i - first_chunk_tokens, chunk_tokens) + 1) * chunk_tokens;
   }
 
   RF_HOST_DEVICE int64_t chunk_begin(int64_t i) const {

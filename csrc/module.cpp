@@ -11,8 +11,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = RF_TORCH_VERSION;  // built against; runs on every torch from torch_target on
   m.attr("torch_target") = RF_TORCH_TARGET;
   m.attr("compiler") = RF_COMPILER;
-  m.attr("cuda") = RF_CUDA_VERSION;        // "" for a CPU-only build
-  m.attr("cuda_reason") = RF_CUDA_REASON;  // why there is no CUDA code, "" where there is
+  m.attr("cuda") = RF_CUDA_VERSION;                      // "" for a CPU-only build
+  m.attr("cuda_architectures") = RF_CUDA_ARCHITECTURES;  // "8.0, 9.0+PTX"
+  m.attr("cuda_head_dims") = RF_CUDA_HEAD_DIMS;          // of the attention kernels, "64, 128"
+  m.attr("cuda_reason") = RF_CUDA_REASON;                // why there is no CUDA code, "" where there is
 
   using rfkernels::CacheGeometry;
   py::class_<CacheGeometry>(m, "CacheGeometry")

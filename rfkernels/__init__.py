@@ -1,6 +1,6 @@
 """Fused kernels for streaming video diffusion: sliding-window attention with EMA-fused sinks, as torch ops."""
 
-from . import losses, models, ops
+from . import losses, models, ops, training
 from .attention import chunk_attention, merge_attention, sink_window_attention, streaming_attention
 from .backends import available_backends, explain_backends, use_backend
 from .cache import CacheLayer, EMASinkCache
@@ -23,5 +23,6 @@ __all__ = [
     "ops",
     "sink_window_attention",
     "streaming_attention",
+    "training",
     "use_backend",
 ]

@@ -1,4 +1,4 @@
-"""``python -m rfkernels``: what is here, a demonstration, videos from text, and benchmarks."""
+"""``python -m rfkernels``: what is here, a demonstration, training of its model, videos from text, and benchmarks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 import rfkernels as rf
 from rfkernels import demo, generate, native
+from rfkernels.tiny import command as train
 
 
 def _nvcc() -> str:
@@ -38,7 +39,11 @@ def info(args: argparse.Namespace) -> int:
         rows["compiled kernels"] = (
             f"CPU, by {_C.compiler}, built against torch {_C.torch_version}, for torch >= {_C.torch_target}"
         )
-        rows["CUDA kernels"] = f"CUDA {_C.cuda}" if _C.cuda else f"none: {_C.cuda_reason}"
+        rows["CUDA kernels"] = (
+            f"CUDA {_C.cuda}, for {_C.cuda_architectures}, attention with head_dim {_C.cuda_head_dims}"
+            if _C.cuda
+            else f"none: {_C.cuda_reason}"
+        )
     else:
         rows["compiled kernels"] = f"none: {native.missing}"
     for name, text in rows.items():
@@ -67,8 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rfkernels", description=rf.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, backends, and why what is missing is missing").set_defaults(run=info)
-    demo.add_arguments(commands.add_parser("demo", help="stream real pictures through three kinds of sink"))
+    demo.add_arguments(commands.add_parser("demo", help="stream a minute of video from the small model"))
     generate.add_arguments(commands.add_parser("generate", help="text to a video file, from a folder of weights"))
+    train.add_arguments(commands.add_parser("train", help="train the small model that the demo streams"))
     _bench(commands.add_parser("bench", help="how fast each operation is here, beside what one would use instead"))
     args = parser.parse_args(argv)
     return args.run(args)

@@ -34,6 +34,18 @@ def shape(name: str, x: torch.Tensor, **sizes: int | None) -> None:
         raise ValueError(f"{name} must be [{layout}], got shape {tuple(x.shape)}")
 
 
+def mask(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``value``, a bool tensor, broadcast to ``like``."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+    if value.device != like.device:
+        raise ValueError(f"mask must be on {like.device}, got {value.device}")
+    try:
+        return value.expand(like.shape)
+    except RuntimeError:
+        raise ValueError(f"mask must broadcast to {tuple(like.shape)}, got {tuple(value.shape)}") from None
+
+
 def heads(q: torch.Tensor, kv_heads: int) -> None:
     if q.shape[2] == 0 or q.shape[2] % kv_heads:
         raise ValueError(f"q must have a multiple of {kv_heads} heads (the key heads), got {q.shape[2]}")
@@ -47,6 +59,21 @@ def integer(name: str, value, low: int, high: int | None = None) -> int:
         allowed = f"at least {low}" if high is None else f"in {low}..{high}"
         raise ValueError(f"{name} must be {allowed}, got {value}")
     return int(value)
+
+
+def number(name: str, value, low: float, high: float, open_low: bool = False) -> float:
+    """``value`` is a real number in ``[low, high]`` (``(low, high]``)."""
+    if not isinstance(value, numbers.Real) or not low <= value <= high or (open_low and value == low):
+        raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}], got {value!r}")
+    return float(value)
+
+
+def chunk_lengths(chunk_frames: int, first_chunk_frames: int | None, window_frames: int) -> tuple[int, int]:
+    """Frames of a chunk and of a stream's first one (default the same), both of which the window holds."""
+    chunk_frames = integer("chunk_frames", chunk_frames, 1)
+    window_frames = integer("window_frames", window_frames, chunk_frames)
+    first = chunk_frames if first_chunk_frames is None else first_chunk_frames
+    return chunk_frames, integer("first_chunk_frames", first, 1, window_frames)
 
 
 def scale(value: float | None, head_dim: int) -> float:

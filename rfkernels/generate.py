@@ -82,6 +82,7 @@ def _check(args: argparse.Namespace) -> dict[str, Path]:
         raise UsageError(f"--frames and --fps must be at least 1, got {args.frames} and {args.fps}")
     if not args.out.parent.is_dir():
         raise UsageError(f"--out must be in an existing folder, there is no {args.out.parent}")
+    _open_video(args.out, args.fps)[0].close()  # nothing is written before the first frame
     return folders
 
 
@@ -133,22 +134,30 @@ def _encode(args, folders, config: CausalWanConfig, device: torch.device, dtype:
     return encode_prompts(tokenizer, encoder.to(device).eval(), [args.prompt], config.text_len)
 
 
-def write_video(path: Path, chunks: Iterator[torch.Tensor], fps: int, frames: int | None = None) -> None:
-    """Writes chunks ``[n, 3, H, W]`` in -1..1 as they come, at most ``frames`` frames; the format is the suffix's.
-
-    Raises:
-        ValueError: a suffix that stands for no video format.
-    """
+def _open_video(path: Path, fps: int):
+    """PyAV's container and stream of a video file, which comes to be with its first frame."""
     import av
 
     try:
         container = av.open(str(path), "w")
+        stream = container.add_stream("libx264", rate=fps)
     except ValueError as error:
         raise ValueError(f"out must end in a video format such as .mp4, got {path}") from error
+    stream.pix_fmt = "yuv420p"
+    return container, stream
+
+
+def write_video(path: Path, chunks: Iterator[torch.Tensor], fps: int, frames: int | None = None) -> None:
+    """Writes chunks ``[n, 3, H, W]`` in -1..1 as they come, at most ``frames`` frames; the format is the suffix's.
+
+    Raises:
+        ValueError: a suffix that stands for no format that holds H.264.
+    """
+    import av
+
+    container, stream = _open_video(path, fps)
     left = math.inf if frames is None else frames
     with container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.pix_fmt = "yuv420p"
         for chunk in chunks:
             pixels = ((chunk.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
             if not stream.codec_context.is_open:

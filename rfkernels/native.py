@@ -36,6 +36,32 @@ missing: str | None = _load()
 """Why the compiled kernels are missing, or None where they are loaded."""
 
 
+def _cuda() -> tuple[str | None, str, tuple[int, ...]]:
+    """Why there are no CUDA kernels (None: there are), and the architectures and head sizes they were built for."""
+    if missing is not None:
+        return missing, "", ()
+    from . import _C
+
+    reason = None if _C.cuda else f"built without CUDA kernels: {_C.cuda_reason}"
+    return reason, _C.cuda_architectures, tuple(int(d) for d in filter(None, _C.cuda_head_dims.split(", ")))
+
+
+cuda_missing, cuda_architectures, cuda_head_dims = _cuda()
+"""Why the CUDA kernels are missing, or None; what they were built for, e.g. ``"8.0, 9.0+PTX"`` and ``(64, 128)``."""
+
+
+def cuda_runs_on(capability: tuple[int, int]) -> bool:
+    """Whether a GPU can run one of ``cuda_architectures``: machine code of its major version, or older PTX."""
+    for name in filter(None, cuda_architectures.split(", ")):
+        number, ptx = name.removesuffix("+PTX"), name.endswith("+PTX")
+        if number[-1].isalpha():  # 9.0a: that architecture only, and never every kernel
+            continue
+        major, minor = (int(part) for part in number.split("."))
+        if (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability):
+            return True
+    return False
+
+
 def serves(x: torch.Tensor) -> bool:
     """Whether compiled kernels exist for tensors like ``x``."""
     return missing is None and x.device.type == "cpu"

@@ -42,6 +42,17 @@ _NATIVE_SCHEMAS = {
     "bool half_split, bool inverse, ScalarType dtype) -> Tensor",
     "streaming_attention": f"({_STREAM}) -> (Tensor out, Tensor lse)",
     "redmd_loss": f"({_LOSS}) -> (Tensor loss, Tensor grad)",
+    # CUDA only. num_frames: keys are a cache's prefix, or with own_k, own_v a past and the open chunk's own; without
+    # num_frames a full sequence under the mask. q comes un-rotated, keys rotated.
+    "attention_forward": "(Tensor q, Tensor k, Tensor v, Tensor? own_k, Tensor? own_v, Tensor? num_frames, "
+    "int frame_tokens, int capacity, int sink_tokens, int window_tokens, int chunk_tokens, int first_chunk_tokens, "
+    f"bool own_chunk, {_ROPE}, float scale) -> (Tensor out, Tensor lse)",
+    # q, sink_q (queries as sinks outside their window meet them) and keys come rotated; gradients are turned back.
+    "attention_backward": "(Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, Tensor q, Tensor sink_q, "
+    "Tensor k, Tensor v, Tensor? own_k, Tensor? own_v, Tensor? num_frames, int frame_tokens, int capacity, "
+    f"int sink_tokens, int window_tokens, int chunk_tokens, int first_chunk_tokens, bool own_chunk, {_ROPE}, "
+    "float scale, ScalarType q_type, ScalarType k_type, ScalarType v_type) -> "
+    "(Tensor grad_q, Tensor grad_k, Tensor grad_v)",
 }
 _SCHEMAS = {
     "begin_chunk": f"({_BEGIN}, str backend) -> ()",
@@ -173,6 +184,11 @@ def _grads_fake(grad_out, grad_lse, q, k, v, out, lse, *rest):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
+def _attention_backward_fake(grad_out, grad_lse, out, lse, q, sink_q, k, v, own_k, *rest):
+    keys = k if own_k is None else own_k
+    return tuple(x.new_empty(x.shape, dtype=dtype) for x, dtype in zip((q, keys, keys), rest[-3:], strict=True))
+
+
 def _redmd_loss_fake(
     x, fake, real_cond, real_uncond, fake_uncond, weight, mask, guidance, fake_guidance, need_grad, *_
 ):
@@ -193,6 +209,8 @@ for _name, _fake in {
     "rfkernels_native::rotate": lambda x, *rest: x.new_empty(x.shape, dtype=rest[-1]),
     "rfkernels_native::streaming_attention": lambda q, new_k, new_v, k, *rest: _attention_fake(q, k.dtype),
     "rfkernels_native::redmd_loss": _redmd_loss_fake,
+    "rfkernels_native::attention_forward": lambda q, k, *_: _attention_fake(q, k.dtype),
+    "rfkernels_native::attention_backward": _attention_backward_fake,
 }.items():
     torch.library.register_fake(_name, _fake)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 
 
-def rotate(x: torch.Tensor, positions: list[int], height: int, width: int, theta: float, half: bool) -> torch.Tensor:
-    """``x [frames * height * width, H, D]`` by complex multiplication, frame f at ``positions[f]``."""
+def rotate(
+    x: torch.Tensor, positions: list[int], height: int, width: int, theta: float, half: bool, dtype=torch.float64
+) -> torch.Tensor:
+    """``x [frames * height * width, H, D]`` by complex multiplication in ``dtype``, frame f at ``positions[f]``."""
     pairs = x.shape[-1] // 2
     split = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
     grid = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in (len(positions), height, width)))
@@ -18,12 +20,9 @@ def rotate(x: torch.Tensor, positions: list[int], height: int, width: int, theta
         grid[:, axis : axis + 1] * theta ** (-torch.arange(p, dtype=torch.float64) / max(p, 1))
         for axis, p in enumerate(split)
     ]
-    phase = torch.polar(torch.ones((), dtype=torch.float64), torch.cat(angles, 1))[:, None]
-    z = (
-        torch.complex(*x.double().chunk(2, -1))
-        if half
-        else torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
-    )
+    x, phase = x.to(dtype), torch.polar(torch.ones((), dtype=torch.float64), torch.cat(angles, 1))[:, None]
+    phase = phase.to(dtype.to_complex())
+    z = torch.complex(*x.chunk(2, -1)) if half else torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
     z = z * phase
     return torch.cat([z.real, z.imag], -1) if half else torch.view_as_real(z).flatten(-2)
 
@@ -68,28 +67,36 @@ class LiteralStream:
                 entry = next(e for e in self.window[layer] if e[0] == frame)
                 entry[1:] = [k_frame, v_frame]
 
-    def visible(self, layer):
-        """(rotated k, v, position of each existing frame) of all valid frames."""
+    def visible(self, layer, dtype=torch.float64, shift=0):
+        """(rotated k, v, position of each existing frame) of all valid frames; shift: of all positions."""
         window = self.window[layer]
         positions = list(range(len(self.sink[layer])))
         positions += [e[0] for e in window] if self.absolute else [self.sink_frames + j for j in range(len(window))]
+        positions = [p + shift for p in positions]
         frames = list(range(len(self.sink[layer]))) + [e[0] for e in window]
         k = torch.cat([s[0] for s in self.sink[layer]] + [e[1] for e in window])
         v = torch.cat([s[1] for s in self.sink[layer]] + [e[2] for e in window])
-        return self._rotate(k, positions), v, dict(zip(frames, positions, strict=True))
+        return self._rotate(k, positions, dtype), v, dict(zip(frames, positions, strict=True))
 
-    def _rotate(self, x, positions):
-        return rotate(x, positions, *self.size, self.theta, self.half) if self.rope else x.double()
+    def _rotate(self, x, positions, dtype):
+        return rotate(x, positions, *self.size, self.theta, self.half, dtype) if self.rope else x.to(dtype)
 
     def attend(self, layer, q, scale, dtype=torch.float64):
-        """(out, lse) of q ``[F * T, H_q, D]``; in another dtype: what plain PyTorch makes of the same rounded rows."""
+        """(out, lse) of q ``[F * T, H_q, D]``.
+
+        In another dtype: what plain PyTorch makes of the same rows. It rotates in float32 at the frames' absolute
+        numbers: relative ones, often 0, would spare it the rounding of a rotation.
+        """
+        exact = dtype == torch.float64
+        precision = torch.float64 if exact else torch.float32
+        shift = 0 if exact or self.absolute else max(0, self.count - self.sink_frames - self.window_frames)
         out = torch.zeros(q.shape, dtype=torch.float64)
         lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float64)
         missing = sum(frame < 0 for frame in self.open) * (q.shape[0] // len(self.open))
         if missing == q.shape[0]:
             return out, lse
-        k, v, position = self.visible(layer)
-        queries = self._rotate(q[missing:], [position[f] for f in self.open if f >= 0])
+        k, v, position = self.visible(layer, precision, shift)
+        queries = self._rotate(q[missing:], [position[f] for f in self.open if f >= 0], precision)
         group = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(group, 1).transpose(0, 1).to(dtype) for x in (k, v))
         scores = (queries.transpose(0, 1).to(dtype) @ k.mT) * scale

@@ -397,8 +397,8 @@ def test_a_run_end_to_end(monkeypatch, tmp_path, capsys):
 
 
 def test_the_default_choice_for_a_cpu_and_the_quick_one():
-    names = [runner.label(*one) for one in runner.select(CPU)]
-    assert set(runner.QUICK) <= set(names) and not any("/paper/" in name for name in names)
+    names = {runner.label(*one) for one in runner.select(CPU)}
+    assert names == set(runner.ON_CPU) and set(runner.QUICK) <= names and set(runner.COMPILED) <= names
     assert [runner.label(*one) for one in runner.select(CPU, quick=True)] == list(runner.QUICK)
     assert all(
         not hasattr(case, "layers") or case.layers <= cases.CPU_LAYERS for _, case in runner.select(CPU, "paper")

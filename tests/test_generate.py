@@ -146,10 +146,14 @@ def test_what_is_missing_is_said(pipeline, tmp_path, capsys, monkeypatch):
     fails("at least 1", frames=0)
     fails("--weights must be", "--weights", str(tmp_path / "none.pt"))
     fails("existing folder", out=tmp_path / "no" / "x.mp4")
-    fails("video format", out=tmp_path / "x.nonsense")
     fails("window_frames must be at least 3", "--window-frames", "2")
     other = CausalWan(CausalWanConfig(**{**CONFIG.__dict__, "dim": 64}))
     torch.save({"generator_ema": other.state_dict()}, tmp_path / "other.pt")
     fails("of another shape", "--weights", str(tmp_path / "other.pt"))
+    with monkeypatch.context() as patch:  # found before any weights are read
+        patch.setattr(diffusers.AutoencoderKLWan, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+        for name in ("x.nonsense", "x.gif", "x"):
+            fails("video format", out=tmp_path / name)
+            assert not (tmp_path / name).exists()
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     fails('pip install "rfkernels[video]"')

@@ -15,16 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rfkernels as rf
 from rfkernels import backends, native
 from rfkernels.arguments import Past
-from rfkernels.backends import dense, sdpa
+from rfkernels.backends import dense
 from rfkernels.geometry import WindowMask
 
 ops = torch.ops.rfkernels
+HEAD_DIM = 32  # the least that every backend serves
 
 
 def make(device, layers=1, batch=2, dtype=torch.float32, frames=2, chunks=4, size=(2, 2), window=3):
     cache = rf.EMASinkCache(
-        num_layers=layers, batch_size=batch, num_kv_heads=2, head_dim=8, frame_tokens=size[0] * size[1], sink_frames=2,
-        window_frames=window, alpha=0.9, rope=rf.Rope3D(8, *size), dtype=dtype, device=device,
+        num_layers=layers, batch_size=batch, num_kv_heads=2, head_dim=HEAD_DIM, frame_tokens=size[0] * size[1],
+        sink_frames=2, window_frames=window, alpha=0.9, rope=rf.Rope3D(HEAD_DIM, *size), dtype=dtype, device=device,
     )  # fmt: skip
     for _ in range(chunks):
         cache.begin_chunk(frames)
@@ -35,7 +36,7 @@ def make(device, layers=1, batch=2, dtype=torch.float32, frames=2, chunks=4, siz
 
 def qkv(cache, frames, grad=False, heads=2):
     tokens = frames * cache.geometry.frame_tokens
-    shapes = [(cache.batch_size, tokens, n, 8) for n in (heads, 2, 2)]
+    shapes = [(cache.batch_size, tokens, n, HEAD_DIM) for n in (heads, 2, 2)]
     return [torch.randn(s, dtype=cache.dtype, device=cache.device).requires_grad_(grad) for s in shapes]
 
 
@@ -100,7 +101,8 @@ def test_opcheck_of_the_compiled_ops():
     }
     from rfkernels.ops import _NATIVE_SCHEMAS
 
-    assert set(calls) == set(_NATIVE_SCHEMAS)
+    cuda_only = {"attention_forward", "attention_backward"}  # no kernel on the CPU
+    assert set(calls) == set(_NATIVE_SCHEMAS) - cuda_only
     for name, arguments in calls.items():
         torch.library.opcheck(getattr(torch.ops.rfkernels_native, name).default, arguments)
 
@@ -111,10 +113,10 @@ def test_opcheck_of_the_compiled_ops():
 class Block(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.qkv, self.out = torch.nn.Linear(16, 48), torch.nn.Linear(16, 16)
+        self.qkv, self.out = torch.nn.Linear(16, 6 * HEAD_DIM), torch.nn.Linear(2 * HEAD_DIM, 16)
 
     def forward(self, x, layer):
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).unbind(2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, HEAD_DIM)).unbind(2)
         return x + self.out(rf.streaming_attention(q, k, v, layer).flatten(2))
 
 
@@ -143,14 +145,14 @@ COMPILED = [("reference", False)] + [(name, True) for name in rf.available_backe
 @pytest.mark.parametrize("name, inductor", COMPILED, ids=str)
 def test_a_compiled_model_streams_without_recompiling_or_copying(name, inductor, device):
     """30 chunks of 3 passes, warm-up and wrap-around included: at most two compilations, the cache updated in place."""
-    torch.manual_seed(0)
+    chunks, passes = (6, 1) if name == "triton" and device.type == "cpu" else (30, 3)  # interpreted: a second a pass
     model, eager, compiled = Model().to(device), make(device, 3, 1, chunks=0), make(device, 3, 1, chunks=0)
     with rf.use_backend(name), count_compilations(inductor) as counter, torch.no_grad():
         fast = torch.compile(model, fullgraph=True, backend=counter)
-        for _ in range(30):
+        for _ in range(chunks):
             eager.begin_chunk(2)
             compiled.begin_chunk(2)
-            for _ in range(3):
+            for _ in range(passes):
                 x = torch.randn(1, 8, 16, device=device)
                 torch.testing.assert_close(fast(x, compiled), model(x, eager), rtol=1e-4, atol=1e-5)
         assert counter.frame_count <= 2
@@ -193,11 +195,11 @@ def test_a_compiled_training_step(device, backend):
     """Contexts go into a compiled function; gradients come out of it."""
 
     def step(x, weight, context):
-        q, k, v = (x @ weight).unflatten(-1, (3, 2, 8)).unbind(2)
+        q, k, v = (x @ weight).unflatten(-1, (3, 2, HEAD_DIM)).unbind(2)
         return rf.chunk_attention(q, k, v, context).square().sum()
 
     cache = make(device, batch=1, chunks=5)
-    weight = torch.randn(16, 48, device=device, requires_grad=True)
+    weight = torch.randn(16, 6 * HEAD_DIM, device=device, requires_grad=True)
     with count_compilations() as counter:
         fast = torch.compile(step, fullgraph=True, backend=counter)
         for _ in range(4):
@@ -210,12 +212,12 @@ def test_a_compiled_training_step(device, backend):
 
 
 def test_sink_window_attention_compiles(device, backend):
-    rope = rf.Rope3D(8, 2, 2)
+    rope = rf.Rope3D(HEAD_DIM, 2, 2)
     options = dict(sink_tokens=4, window_tokens=8, chunk_tokens=4, rope=rope)
     with count_compilations() as counter:
         fast = torch.compile(lambda *x: rf.sink_window_attention(*x, **options), fullgraph=True, backend=counter)
         for _ in range(4):
-            q, k, v = (torch.randn(1, 24, 2, 8, device=device) for _ in range(3))
+            q, k, v = (torch.randn(1, 24, 2, HEAD_DIM, device=device) for _ in range(3))
             torch.testing.assert_close(fast(q, k, v), rf.sink_window_attention(q, k, v, **options))
         assert counter.frame_count <= 2
 
@@ -273,7 +275,7 @@ def test_no_host_read_below_the_op_boundary(name, device_path, device):
     torch.version.cuda is None or native.torch_version() < native.OLDEST_TORCH,
     reason="fake CUDA tensors without a driver need a torch >= 2.13 built with CUDA",
 )
-@pytest.mark.parametrize("name", rf.available_backends())
+@pytest.mark.parametrize("name", [n for n in rf.available_backends() if n != "triton"])  # which launches on addresses
 def test_no_host_read_on_fake_cuda_tensors(name):
     """Fake tensors have no values: any read, also one that a dispatch mode on the CPU would miss, raises."""
     with FakeTensorMode(allow_non_fake_inputs=False):
@@ -283,17 +285,18 @@ def test_no_host_read_on_fake_cuda_tensors(name):
         run_backend_functions(backends.get(name), cache, backward=name != "reference")
 
 
-def test_a_planted_host_read_is_caught(device_path, device, monkeypatch):
-    cache = make(device)
-    honest = sdpa.write
+@pytest.mark.parametrize("name", [n for n in rf.available_backends() if n != "reference"])
+def test_a_planted_host_read_is_caught(name, device_path, device, monkeypatch):
+    cache, module = make(device), backends.get(name)
+    honest = module.write
 
     def dishonest(*arguments):
         arguments[1].max().item()
         honest(*arguments)
 
-    monkeypatch.setattr(sdpa, "write", dishonest)
+    monkeypatch.setattr(module, "write", dishonest)
     with NoHostRead(), pytest.raises(AssertionError, match="reads a device value"):
-        run_backend_functions(sdpa, cache)
+        run_backend_functions(module, cache)
 
 
 @pytest.mark.parametrize("chunks", [0, 1, 5])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rfkernels as rf
-from rfkernels.losses import ReDMDLoss, redmd_loss
+from rfkernels.losses import ReDMDLoss, effective_sample_size, redmd_loss
 
 
 def formula(
@@ -91,6 +91,77 @@ def test_module_weights_by_the_exponential_of_each_samples_reward(device, backen
     assert torch.equal(plain, redmd_loss(x, fake, cond, uncond, torch.ones(3, device=device)))
 
 
+REWARD = torch.tensor([0.3, -0.2, 1.1], dtype=torch.float64)
+USER = torch.tensor([2.0, 0.0, 0.5], dtype=torch.float64)
+WEIGHTED = {  # exp(2 r), clipped, then divided by its mean, then times the caller's, written out again
+    "plain": ({}, None, [math.exp(0.6), math.exp(-0.4), math.exp(2.2)]),
+    "clipped": ({"max_weight": 3.0}, None, [math.exp(0.6), math.exp(-0.4), 3.0]),
+    "normalized": (
+        {"normalize": True}, None,
+        [3 * math.exp(r) / (math.exp(0.6) + math.exp(-0.4) + math.exp(2.2)) for r in (0.6, -0.4, 2.2)],
+    ),
+    "the caller's": ({}, USER, [2 * math.exp(0.6), 0.0, 0.5 * math.exp(2.2)]),
+    "all three": (
+        {"max_weight": 3.0, "normalize": True}, USER,
+        [3 * w / (math.exp(0.6) + math.exp(-0.4) + 3.0) for w in (2 * math.exp(0.6), 0.0, 1.5)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options, sample_weight, expected", WEIGHTED.values(), ids=WEIGHTED)
+@pytest.mark.parametrize("mask", ["no mask", "mask"])
+def test_weights_and_metrics_of_the_module(options, sample_weight, expected, mask, device, backend):
+    x, fake, cond, uncond, _ = latents(device=device)
+    mask = MASKS[mask]
+    given = dict(mask=None if mask is None else mask.to(device), return_metrics=True)
+    if sample_weight is not None:
+        given["sample_weight"] = sample_weight.to(device)
+    module = ReDMDLoss(beta=2.0, guidance_scale=1.5, **options)
+    loss, metrics = module(x, fake, cond, uncond, REWARD.to(device), **given)
+    weight = torch.tensor(expected, dtype=torch.float64)
+    exact, grad = formula(*(t.detach().cpu() for t in (x, fake, cond, uncond)), weight, 1.5, mask)
+    close = {"rtol": 1e-12, "atol": 1e-15}
+    torch.testing.assert_close(loss.detach().cpu(), exact, **close)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0].cpu(), grad, **close)
+    assert metrics.keys() == {"weight", "effective_sample_size", "gradient_norm"}
+    assert not any(metric.requires_grad for metric in metrics.values())
+    torch.testing.assert_close(metrics["weight"].cpu(), weight, **close)
+    effective = sum(expected) ** 2 / sum(w * w for w in expected)
+    assert metrics["effective_sample_size"].item() == pytest.approx(effective, rel=1e-12)
+    norms = [math.sqrt(sum(g * g for g in sample.flatten().tolist())) for sample in grad]
+    assert metrics["gradient_norm"].tolist() == pytest.approx(norms, rel=1e-12)
+    with torch.no_grad():
+        same, metrics = module(x, fake, cond, uncond, REWARD.to(device), **given)
+    assert torch.equal(same, loss) and metrics.keys() == {"weight", "effective_sample_size"}
+
+
+def test_effective_sample_size():
+    assert effective_sample_size(torch.tensor([0.3, 0.3, 0.3, 0.3])).item() == pytest.approx(4)
+    assert effective_sample_size(torch.tensor([0.0, 0.0, 7.0])).item() == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_reward(bad, device):
+    """An error on the CPU; elsewhere nothing is read by the host, and the loss shows it."""
+    x, fake, cond, _, _ = latents(torch.float32, device=device)
+    reward = torch.tensor([0.0, bad, 1.0], device=device)
+    if torch.device(device).type == "cpu":
+        with pytest.raises(ValueError, match=rf"reward must be finite, got \[0.0, {bad}, 1.0\]"):
+            ReDMDLoss()(x, fake, cond, None, reward)
+    elif bad != -math.inf:  # e^-inf is 0
+        assert not ReDMDLoss()(x, fake, cond, None, reward).isfinite()
+
+
+def test_a_reward_on_a_device_is_not_read():
+    """The meta device has nothing to read: what reads values raises there."""
+    x, fake, cond, _, _ = (t.to("meta") for t in latents(torch.float32))
+    reward, weight = torch.zeros(3, device="meta"), torch.ones(3, device="meta")
+    loss, _ = ReDMDLoss(max_weight=2.0, normalize=True)(
+        x, fake, cond, None, reward, sample_weight=weight, return_metrics=True
+    )
+    assert loss.device.type == "meta" and loss.shape == ()
+
+
 def test_where_student_equals_teacher_grad_is_zero_even_if_norm_is(device, backend):
     x, *_ = latents(torch.float32, device=device)
     same = x.detach().clone()
@@ -152,6 +223,35 @@ def test_bad_input(changes, error, message):
     options |= dict(weight=torch.ones(2)) | changes
     with pytest.raises(error, match=message):
         redmd_loss(**options)
+
+
+BAD_OF_THE_MODULE = [
+    (dict(x=torch.zeros(())), ValueError, "x must have a batch"),
+    (dict(reward=1.0), TypeError, "reward must be a tensor, got float"),
+    (dict(reward=torch.zeros(2, 1)), ValueError, "reward must have 1 dimensions"),
+    (dict(reward=torch.zeros(3)), ValueError, r"reward must be \[batch=2\], got shape \(3,\)"),
+    (dict(reward=torch.zeros(2, device="meta")), ValueError, "reward must be on cpu, got meta"),
+    (dict(sample_weight=torch.zeros(3)), ValueError, r"sample_weight must be \[batch=2\]"),
+    (dict(sample_weight=torch.zeros(2, dtype=torch.long)), TypeError, "sample_weight must be float16"),
+]
+
+
+@pytest.mark.parametrize("changes, error, message", BAD_OF_THE_MODULE, ids=lambda x: str(x)[:40])
+def test_bad_input_of_the_module(changes, error, message):
+    options = {name: torch.zeros(2, 3) for name in ("x", "fake", "real_cond", "real_uncond")}
+    options |= dict(reward=torch.ones(2)) | changes
+    with pytest.raises(error, match=message):
+        ReDMDLoss()(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(beta=math.nan), dict(guidance_scale=math.inf), dict(fake_guidance_scale=math.nan), dict(max_weight=0.0),
+     dict(max_weight=math.nan)],
+)  # fmt: skip
+def test_bad_settings_of_the_module(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        ReDMDLoss(**options)
 
 
 def test_losses_are_public():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +18,17 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/triton_backend run as they are")
-@pytest.mark.parametrize("module", ["test_cache.py", "test_gradients.py"])
+@pytest.mark.parametrize(
+    "module", [*(f"triton_backend/test_{name}.py" for name in ("cache", "gradients", "addresses")), "test_ops.py"]
+)
 def test_in_the_interpreter(module):
     """Triton decides at import whether it interprets; this process must not, or every test would run interpreted."""
-    path = Path(__file__).parent / "triton_backend" / module
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", str(path)]
+    command = [sys.executable, "-m", "pytest", "-x", "-rs", str(Path(__file__).parent / module), "-k", "triton"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    if lacking := re.search("cannot reserve .*", run.stdout):
+        pytest.skip(lacking[0])
     assert "passed" in run.stdout and "skipped" not in run.stdout, run.stdout[-2000:]
 
 
@@ -56,24 +60,22 @@ def test_importing_rfkernels_leaves_triton_alone():
 @pytest.mark.parametrize(
     "dtype, head_dim",
     [
-        pytest.param(torch.bfloat16, 128, id="bf16-128"),
-        pytest.param(torch.float16, 128, id="fp16-128", marks=pytest.mark.slow),
-        pytest.param(torch.bfloat16, 64, id="bf16-64", marks=pytest.mark.slow),
-        pytest.param(torch.float16, 64, id="fp16-64", marks=pytest.mark.slow),
+        pytest.param(dtype, head_dim, id=f"{name}-{head_dim}", marks=marks)
+        for name, dtype in [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+        for head_dim in (128, 64, 256, 96, 32, 48, 80)
+        for marks in [() if (name, head_dim) == ("bf16", 128) else pytest.mark.slow]
     ],
 )
 def test_every_kernel_compiles_ahead_of_time(arch, dtype, head_dim):
     """No spill, no stack frame, within the shared memory of the architecture; needs no GPU."""
     aot = pytest.importorskip("benchmarks.aot", reason="needs the source tree")
-    from benchmarks.static_report import calls
+    from benchmarks.static_report import calls, faults
 
     for name, call in calls(dtype, head_dim).items():
         launched = aot.compiled(call, arch)
         assert launched, name
         for kernel in launched:
-            what = f"{name}: {kernel.name} for sm_{arch}"
-            assert kernel.spills == 0 and kernel.stack == 0, f"{what} spills: {kernel}"
-            assert kernel.shared <= aot.SHARED_BLOCK[arch], f"{what} needs {kernel.shared} bytes of shared memory"
+            assert faults(kernel) is None, f"{name} for sm_{arch}: {faults(kernel)}: {kernel}"
 
 
 def test_the_static_report_has_not_changed():

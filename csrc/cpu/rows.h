@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../kernels.h"
+
 // One clone per x86 generation, chosen when the library is loaded: wheels run on any x86-64 and still use AVX-512.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define RF_VECTORIZED __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
@@ -18,11 +20,6 @@
 #endif
 
 namespace rfkernels::cpu {
-
-enum class DType : int8_t { Float16, BFloat16, Float32, Float64 };
-
-RF_INLINE int64_t item_size(DType dtype) { return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2; }
-RF_INLINE bool is_half(DType dtype) { return item_size(dtype) == 2; }
 
 template <class Acc>
 constexpr DType accumulator_dtype() {

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 from .. import native
-from . import reference, sdpa, triton
+from . import cuda, reference, sdpa, triton
 
 
 def _serves_all(dtype: torch.dtype, head_dim: int | None) -> str | None:
@@ -27,12 +27,14 @@ class Backend:
     """module: its functions. note: what explain_backends adds.
 
     why_not: why it cannot run on a device, or None. refuses: why it does not serve a dtype and head_dim, or None.
+    yields: why auto, where Triton runs too, takes Triton, or None.
     """
 
     module: ModuleType
     why_not: Callable[[torch.device], str | None]
     note: str
     refuses: Callable[[torch.dtype, int | None], str | None] = _serves_all
+    yields: Callable[[torch.device], str | None] = lambda device: None
 
 
 _NATIVE = "compiled CPU loops" if native.missing is None else f"no compiled CPU loops: {native.missing}"
@@ -45,10 +47,13 @@ _TABLE: dict[str, Backend] = {
     "triton": Backend(
         triton, triton.why_not, "Triton kernels, on CUDA devices (interpreted on a CPU, for tests)", triton.refuses
     ),
+    "cuda": Backend(
+        cuda, cuda.why_not, f"CUDA C++ kernels, built for {native.cuda_architectures}", cuda.refuses, cuda.yields
+    ),
 }
 
 # First that can run wins, by type of device. Measured on a CPU only (benchmarks/README.md).
-_AUTO: dict[str, tuple[str, ...]] = {"cuda": ("triton", "sdpa", "reference")}
+_AUTO: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "sdpa", "reference")}
 _AUTO_ELSEWHERE: tuple[str, ...] = ("sdpa", "reference")
 
 _chosen: str | None = None  # a plain global: torch.compile guards it
@@ -76,10 +81,17 @@ def resolve(device: torch.device, dtype: torch.dtype, head_dim: int | None = Non
 
 
 def _first(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
-    for name in _AUTO.get(device.type, _AUTO_ELSEWHERE):
-        if _TABLE[name].why_not(device) is None and _TABLE[name].refuses(dtype, head_dim) is None:
-            return name
-    raise ValueError(f"no backend runs on {device}")
+    serving = [
+        name
+        for name in _AUTO.get(device.type, _AUTO_ELSEWHERE)
+        if _TABLE[name].why_not(device) is None and _TABLE[name].refuses(dtype, head_dim) is None
+    ]
+    if not serving:
+        raise ValueError(f"no backend runs on {device}")
+    first = serving[0]
+    if first == "cuda" and "triton" in serving and _TABLE[first].yields(device) is not None:
+        return "triton"
+    return first
 
 
 def available_backends(device: torch.device | str | None = None) -> list[str]:
@@ -95,6 +107,9 @@ def explain_backends(device: torch.device | str | None = None) -> dict[str, str]
     for name, backend in _TABLE.items():
         why_not = backend.why_not(device)
         rows[name] = f"available: {backend.note}" if why_not is None else f"not available: {why_not}"
+    yielding = _TABLE["cuda"].why_not(device) is None and _TABLE["cuda"].yields(device)
+    if yielding:
+        rows["cuda"] += f"; auto takes Triton first where it runs: {yielding}"
     measured = "" if device.type == "cpu" else " (order not measured)"
     rows["auto"] = f"on {device.type}: {_first(device, torch.bfloat16)}{measured}"
     return rows

@@ -54,6 +54,11 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
+# What torch.compiler.assume_constant_result sets, which imports the compiler: the answer is asked for while a call is
+# traced, and Triton's own settings cannot be.
+why_not._dynamo_marked_constant = True
+
+
 def refuses(dtype: torch.dtype, head_dim: int | None) -> str | None:
     """Why the kernels do not serve a dtype and head_dim, or None."""
     if dtype not in _DTYPES:

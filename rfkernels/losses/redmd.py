@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .. import backends, checks
@@ -37,9 +39,15 @@ def redmd_loss(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    checks.tensor("x", x)
-    if x.dim() < 2:
-        raise ValueError(f"x must have a batch and at least one more dimension, got shape {tuple(x.shape)}")
+    args = (x, fake, real_cond, real_uncond, weight, guidance_scale, fake_uncond, fake_guidance_scale, mask)
+    return _redmd(*args)[0]
+
+
+def _redmd(
+    x, fake, real_cond, real_uncond, weight, guidance_scale, fake_uncond, fake_guidance_scale, mask
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The checked loss, and its gradient in x (empty where x wants none)."""
+    _check_x(x)
     latents = {"fake": fake, "real_cond": real_cond, "real_uncond": real_uncond, "fake_uncond": fake_uncond}
     for name, latent in latents.items():
         if latent is not None:
@@ -49,21 +57,31 @@ def redmd_loss(
     checks.tensor("weight", weight, 1, x.device)
     checks.shape("weight", weight, batch=x.shape[0])
     if mask is not None:
-        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
-        if mask.device != x.device:
-            raise ValueError(f"mask must be on {x.device}, got {mask.device}")
-        try:
-            mask = mask.expand(x.shape)
-        except RuntimeError:
-            raise ValueError(f"mask must broadcast to {tuple(x.shape)}, got {tuple(mask.shape)}") from None
+        mask = checks.mask(mask, x)
     need_grad = torch.is_grad_enabled() and x.requires_grad
-    loss, _ = torch.ops.rfkernels.redmd_loss(
+    return torch.ops.rfkernels.redmd_loss(
         x, *(None if latent is None else latent.detach() for latent in latents.values()),
         weight.detach().to(accumulate_dtype(x.dtype)), mask, float(guidance_scale), float(fake_guidance_scale),
         need_grad, backends.resolve(x.device, x.dtype),
     )  # fmt: skip
-    return loss
+
+
+def _check_x(x: torch.Tensor) -> None:
+    checks.tensor("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x must have a batch and at least one more dimension, got shape {tuple(x.shape)}")
+
+
+def reward_weights(reward: torch.Tensor, beta: float, max_weight: float | None = None) -> torch.Tensor:
+    """``min(exp(beta * reward), max_weight)`` of ``[B]`` rewards, in float32 (float64), without gradient."""
+    checks.tensor("reward", reward, 1)
+    weight = (beta * reward.detach().to(accumulate_dtype(reward.dtype))).exp()
+    return weight if max_weight is None else weight.clamp(max=max_weight)
+
+
+def effective_sample_size(weight: torch.Tensor) -> torch.Tensor:
+    """``(sum w)**2 / sum w**2``, from 1 (one sample has all the weight) to B (all have the same); nan if all are 0."""
+    return weight.sum().square() / weight.square().sum()
 
 
 class ReDMDLoss(torch.nn.Module):
@@ -73,14 +91,34 @@ class ReDMDLoss(torch.nn.Module):
         beta: inverse temperature of the reward (2 as published; the paper's beta is its inverse). 0 is plain DMD.
         guidance_scale: g of classifier-free guidance on the real score.
         fake_guidance_scale: the same for the fake score, used where ``fake_uncond`` is given.
+        max_weight: weights are clipped to it.
+        normalize: divide the weights by their mean over the batch, so that a good batch takes no larger step than a bad
+            one. A batch of one sample is then plain DMD.
 
     Where the student already matches the teacher the expected gradient is 0 for every beta: the weight tilts a student
     that cannot hold all modes, it does not converge to ``q * exp(beta * reward)``.
+
+    Raises:
+        ValueError: a beta or guidance scale that is not finite, a max_weight that is not positive.
     """
 
-    def __init__(self, beta: float = 2.0, guidance_scale: float = 3.0, fake_guidance_scale: float = 0.0):
+    def __init__(
+        self,
+        beta: float = 2.0,
+        guidance_scale: float = 3.0,
+        fake_guidance_scale: float = 0.0,
+        max_weight: float | None = None,
+        normalize: bool = False,
+    ):
         super().__init__()
+        scales = {"beta": beta, "guidance_scale": guidance_scale, "fake_guidance_scale": fake_guidance_scale}
+        for name, value in scales.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+        if max_weight is not None and not max_weight > 0:
+            raise ValueError(f"max_weight must be positive, got {max_weight}")
         self.beta, self.guidance_scale, self.fake_guidance_scale = beta, guidance_scale, fake_guidance_scale
+        self.max_weight, self.normalize = max_weight, normalize
 
     def forward(
         self,
@@ -91,17 +129,44 @@ class ReDMDLoss(torch.nn.Module):
         reward: torch.Tensor,
         mask: torch.Tensor | None = None,
         fake_uncond: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """reward: ``[B]``, never differentiated; the rest as in `redmd_loss`."""
-        checks.tensor("reward", reward, 1)
-        return redmd_loss(
-            x,
-            fake,
-            real_cond,
-            real_uncond,
-            (self.beta * reward.detach().to(accumulate_dtype(x.dtype))).exp(),
-            guidance_scale=self.guidance_scale,
-            fake_uncond=fake_uncond,
-            fake_guidance_scale=self.fake_guidance_scale,
-            mask=mask,
+        sample_weight: torch.Tensor | None = None,
+        return_metrics: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss, and with ``return_metrics`` a dict of tensors on the device (nothing is read by the host).
+
+        Args:
+            reward: ``[B]``, finite, on x's device; never differentiated. Checked on the CPU (but not by a compiled
+                loss); on another device the host would have to wait for it, so there a nan or infinity reaches the
+                loss and the gradient: check the gradient's norm, as `ReDMDTrainer` does.
+            sample_weight: ``[B]``, multiplies the weights of the reward.
+            the rest as in `redmd_loss`.
+
+        Returns:
+            loss; metrics ``weight`` ``[B]`` as it was used, ``effective_sample_size`` of it, and ``gradient_norm``
+            ``[B]``, the norm of the loss's gradient in each sample of x (where x wants one).
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        _check_x(x)
+        checks.tensor("reward", reward, 1, x.device)
+        checks.shape("reward", reward, batch=len(x))
+        if reward.device.type == "cpu" and not torch.compiler.is_compiling() and not reward.isfinite().all():
+            raise ValueError(f"reward must be finite, got {reward.tolist()}")
+        precision = accumulate_dtype(x.dtype)
+        weight = reward_weights(reward.to(precision), self.beta, self.max_weight)
+        if self.normalize:
+            weight = weight / weight.mean()
+        if sample_weight is not None:
+            checks.tensor("sample_weight", sample_weight, 1, weight.device)
+            checks.shape("sample_weight", sample_weight, batch=len(weight))
+            weight = weight * sample_weight.detach()
+        loss, grad = _redmd(
+            x, fake, real_cond, real_uncond, weight, self.guidance_scale, fake_uncond, self.fake_guidance_scale, mask
         )
+        if not return_metrics:
+            return loss
+        metrics = {"weight": weight, "effective_sample_size": effective_sample_size(weight)}
+        if grad.numel():
+            metrics["gradient_norm"] = torch.linalg.vector_norm(grad.flatten(1), dim=1, dtype=precision)
+        return loss, metrics

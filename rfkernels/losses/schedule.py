@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..draws import Generators, draw
+
 
 class FlowMatchSchedule:
     """``x_t = (1 - sigma) x0 + sigma eps`` with flow ``v = eps - x0`` and ``sigma = shift s / (1 + (shift - 1) s)``.
@@ -42,6 +44,32 @@ class FlowMatchSchedule:
         if not steps or any(not 0 < s <= 1000 for s in steps) or any(a <= b for a, b in itertools.pairwise(steps)):
             raise ValueError(f"steps must fall strictly within (0, 1000], got {steps}")
         return tuple(self.timestep(s) for s in steps)
+
+    def random_timesteps(
+        self,
+        size: int | Sequence[int],
+        bounds: tuple[float, float] = (20.0, 980.0),
+        generator: Generators = None,
+        device: torch.device | str | None = None,
+    ) -> torch.Tensor:
+        """Timesteps of training samples, float32: uniform on the unshifted schedule, shifted, clamped to ``bounds``.
+
+        Args:
+            size: B, one for each clip, or (B, ...).
+            bounds: within 0..1000; as published 2-98 %.
+            generator: one, or one for each clip.
+
+        Raises:
+            ValueError: bounds that are not two rising numbers within 0..1000.
+        """
+        low, high = bounds
+        if not 0 <= low <= high <= 1000:
+            raise ValueError(f"bounds must be two rising numbers in [0, 1000], got {bounds}")
+        size = (size,) if isinstance(size, numbers.Integral) else tuple(size)
+        uniform = draw(
+            torch.rand, size, generator, torch.get_default_device() if device is None else device, torch.float32
+        )
+        return self.timestep(1000 * uniform).clamp(low, high)
 
     @staticmethod
     def add_noise(clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:

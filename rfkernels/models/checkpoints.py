@@ -83,19 +83,22 @@ def save_checkpoint(model: CausalWan, folder: str | os.PathLike, dtype: torch.dt
 
     dtype: of the written weights, default the model's.
     """
+    state = {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in model.state_dict().items()}
+    save_weights(state, model.config, folder)
+
+
+def save_weights(state: dict[str, torch.Tensor], config: CausalWanConfig, folder: str | os.PathLike) -> None:
+    """`save_checkpoint` for weights that are in no model."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = asdict(model.config)
+    sizes = asdict(config)
     # What Wan's own loader calls them.
-    config |= {"_class_name": "WanModel", "in_dim": config.pop("in_channels"), "out_dim": config.pop("out_channels")}
-    state = {
-        name: tensor.detach().to(dtype or tensor.dtype).contiguous() for name, tensor in model.state_dict().items()
-    }
+    sizes |= {"_class_name": "WanModel", "in_dim": sizes.pop("in_channels"), "out_dim": sizes.pop("out_channels")}
     # Written beside, then moved: an interrupted save leaves the old file.
     partial = folder / "diffusion_pytorch_model.safetensors.partial"
-    save_file(state, partial, metadata={"format": "pt"})
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata={"format": "pt"})
     os.replace(partial, folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(sizes, indent=2) + "\n")
 
 
 def from_pretrained(

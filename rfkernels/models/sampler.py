@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 
 from .. import checks
 from ..arguments import accumulate_dtype
+from ..draws import draw, keyed_generator
 from ..losses.schedule import FlowMatchSchedule
 from .wan import KV, CausalWan
 
@@ -62,17 +61,16 @@ class StreamingSampler:
     ):
         self.model, self.schedule = model, FlowMatchSchedule(shift)
         self.timesteps = self.schedule.timesteps(steps)
-        self.chunk_frames = checks.integer("chunk_frames", chunk_frames, 1)
-        checks.integer("window_frames", window_frames, self.chunk_frames)
-        first = self.chunk_frames if first_chunk_frames is None else first_chunk_frames
-        self.first_chunk_frames = checks.integer("first_chunk_frames", first, 1, window_frames)
+        self.chunk_frames, self.first_chunk_frames = checks.chunk_lengths(
+            chunk_frames, first_chunk_frames, window_frames
+        )
         batch_size = checks.integer("batch_size", batch_size, 1)
         self.streams = list(range(batch_size) if streams is None else streams)
         if len(self.streams) != batch_size:
             raise ValueError(f"streams must have batch_size={batch_size} numbers, got {len(self.streams)}")
         for stream in self.streams:
             checks.integer("streams", stream, 0)
-        self.context_noise = _between("context_noise", context_noise, 0, 1000)
+        self.context_noise = checks.number("context_noise", context_noise, 0, 1000)
         self.add_context_noise = bool(add_context_noise)
         self.dtype, self.shape = accumulate_dtype(model.dtype), (model.config.in_channels, height, width)
         self.cache = model.make_cache(
@@ -122,7 +120,7 @@ class StreamingSampler:
             source = self._latents("source", source)
             if frames not in (None, source.shape[1]):
                 raise ValueError(f"frames must be those of source, {source.shape[1]}, got {frames}")
-            frames, level = source.shape[1], 1000 * _between("noise_scale", noise_scale, 0, 1, open_low=True)
+            frames, level = source.shape[1], 1000 * checks.number("noise_scale", noise_scale, 0, 1, open_low=True)
             timesteps = (level, *(t for t in timesteps if t < level))
         if frames is None:
             frames = self._next_frames()
@@ -231,17 +229,11 @@ class StreamingSampler:
 
         again: 1 for frames that are recomputed, whose noise must not be that of the chunk to come.
         """
-        if generator is not None:
-            while True:
-                noise = torch.randn(
-                    len(self.streams), frames, *self.shape, generator=generator, device=generator.device
-                )
-                yield noise.to(self.cache.device, self.dtype)
-        keys = [np.random.SeedSequence((self.seed, stream, self.chunk, again)) for stream in self.streams]
-        generators = [torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0])) for key in keys]
+        own, size = generator, (len(self.streams), frames, *self.shape)
+        if own is None:
+            own = [keyed_generator(self.seed, stream, self.chunk, again) for stream in self.streams]
         while True:
-            noise = [torch.randn(frames, *self.shape, generator=g) for g in generators]
-            yield torch.stack(noise).to(self.cache.device, self.dtype)
+            yield draw(torch.randn, size, own, self.cache.device, torch.float32).to(self.dtype)
 
     @torch.no_grad()
     def _encoded(self, context: TextContext | None) -> Sequence[KV]:
@@ -326,12 +318,6 @@ def _moved(context: TextContext, device: torch.device) -> TextContext:
     if isinstance(context, torch.Tensor):
         return context.to(device)
     return [(k.to(device), v.to(device)) for k, v in context]
-
-
-def _between(name: str, value: float, low: float, high: float, open_low: bool = False) -> float:
-    if not isinstance(value, numbers.Real) or not low <= value <= high or (open_low and value == low):
-        raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}], got {value!r}")
-    return float(value)
 
 
 class _NoBar:

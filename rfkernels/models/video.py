@@ -16,11 +16,14 @@ class StreamingDecoder:
     video: several can share a VAE.
 
     Args:
-        vae: an ``AutoencoderKLWan``.
+        vae: an ``AutoencoderKLWan``, on its device and in its dtype.
     """
 
     def __init__(self, vae):
-        self.vae = vae
+        self.vae, like = vae, dict(device=vae.device, dtype=vae.dtype)
+        self._mean, self._std = (
+            torch.tensor(c, **like)[:, None, None, None] for c in (vae.config.latents_mean, vae.config.latents_std)
+        )
         self.reset()
 
     def reset(self) -> None:
@@ -42,8 +45,7 @@ class StreamingDecoder:
         checks.tensor("latents", latents, 5)
         checks.shape("latents", latents, batch=None, frames=None, channels=config.z_dim, height=None, width=None)
         x = latents.transpose(1, 2).to(self.vae.dtype)
-        mean, std = (torch.tensor(c).to(x)[:, None, None, None] for c in (config.latents_mean, config.latents_std))
-        x, frames = self.vae.post_quant_conv(x * std + mean), []
+        x, frames = self.vae.post_quant_conv(x * self._std + self._mean), []
         for frame in x.split(1, 2):
             frames.append(self.vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=self._first))
             self._first = False

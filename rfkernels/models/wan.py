@@ -21,6 +21,7 @@ from ..arguments import accumulate_dtype
 from ..attention import chunk_attention, merge_attention, sink_window_attention, streaming_attention
 from ..cache import EMASinkCache
 from ..contexts import Context
+from ..geometry import CacheGeometry
 from ..rope import Rope3D
 from .config import CausalWanConfig
 
@@ -179,8 +180,8 @@ def _modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> tor
 
 
 def _gated(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    frames = gate.shape[1]
-    return (_per_frame(x, frames) + _per_frame(y, frames) * gate.unsqueeze(2)).flatten(1, 2).to(x.dtype)
+    """``x + y * gate`` with one gate ``[B, F, dim]`` a frame. Not a view: a block's output carries FSDP2's hook."""
+    return (x + (_per_frame(y, gate.shape[1]) * gate.unsqueeze(2)).flatten(1, 2)).to(x.dtype)
 
 
 class CausalWan(nn.Module):
@@ -326,7 +327,7 @@ class CausalWan(nn.Module):
 
     def _attends(self, grid, latents, cache, contexts, mask, clean) -> list[Attend]:
         """What the self-attention of each layer is."""
-        layers, (batch, frames) = self.config.num_layers, latents.shape[:2]
+        layers, tokens = self.config.num_layers, grid[0] * grid[1]
         if sum(x is not None for x in (cache, contexts, mask)) > 1:
             raise ValueError("at most one of cache, contexts and mask may be given")
         if clean is not None:
@@ -336,29 +337,34 @@ class CausalWan(nn.Module):
                 raise ValueError(
                     f"clean must have the shape of latents {tuple(latents.shape)}, got {tuple(clean.shape)}"
                 )
-        tokens = grid[0] * grid[1]
-        if cache is not None or contexts is not None:
-            given = len(contexts if cache is None else cache)
-            if given != layers:
-                raise ValueError(f"{'contexts' if cache is None else 'cache'} must have {layers} layers, got {given}")
-            if cache is None:
-                geometry, chunk = contexts[0].geometry, (contexts[0].past.num_frames.shape[0], contexts[0].frames)
-            else:
-                cache.require_chunk()
-                geometry, chunk = cache.geometry, (cache.batch_size, cache.open_frames)
-            if (*chunk, geometry.frame_tokens) != (batch, frames, tokens):
-                allowed = f"{chunk[0]} streams of {chunk[1]} open frames of {geometry.frame_tokens} tokens"
-                raise ValueError(f"latents must have the cache's {allowed}, got {batch}, {frames} and {tokens}")
-            if cache is not None and self.checkpointing and torch.is_grad_enabled():
+        if cache is not None:
+            self._check_layers("cache", cache)
+            cache.require_chunk()
+            self._check_past(latents, tokens, cache.geometry, cache.batch_size, cache.open_frames)
+            if self.checkpointing and torch.is_grad_enabled():
                 raise ValueError("checkpointing needs contexts instead of cache: a recomputed pass must not write")
-            if cache is not None:
-                return [partial(streaming_attention, layer=cache[i]) for i in range(layers)]
+            return [partial(streaming_attention, layer=cache[i]) for i in range(layers)]
+        if contexts is not None:
+            self._check_layers("contexts", contexts)
+            first = contexts[0]
+            self._check_past(latents, tokens, first.geometry, first.past.num_frames.shape[0], first.frames)
             return [partial(chunk_attention, context=past) for past in contexts]
         rope = self.rope(*latents.shape[-2:])
         if mask is None:
             return [partial(_bidirectional, rope=rope)] * layers
         attend = _chunk_causal if clean is None else _teacher_forcing
         return [partial(attend, rope=rope, mask=mask.tokens(tokens))] * layers
+
+    def _check_layers(self, name: str, layers: Sequence | EMASinkCache, what: str = "") -> None:
+        if len(layers) != self.config.num_layers:
+            raise ValueError(f"{name} must have {what}{self.config.num_layers} layers, got {len(layers)}")
+
+    def _check_past(self, latents: torch.Tensor, tokens: int, geometry: CacheGeometry, batch: int, frames: int) -> None:
+        """``batch`` and ``frames`` are those of the open chunk."""
+        got = (*latents.shape[:2], tokens)
+        if got != (batch, frames, geometry.frame_tokens):
+            allowed = f"{batch} streams of {frames} open frames of {geometry.frame_tokens} tokens"
+            raise ValueError(f"latents must have the cache's {allowed}, got {got[0]}, {got[1]} and {got[2]}")
 
     def _check_latents(self, name: str, latents: torch.Tensor) -> torch.Size:
         checks.tensor(name, latents, 5, self.device)
@@ -378,8 +384,7 @@ class CausalWan(nn.Module):
         return self.text_embedding(context.to(self.dtype))
 
     def _check_cached(self, context: Sequence[KV], batch: int) -> None:
-        if len(context) != self.config.num_layers:
-            raise ValueError(f"context must have (k, v) of {self.config.num_layers} layers, got {len(context)}")
+        self._check_layers("context", context, "(k, v) of ")
         heads, head_dim = self.config.num_heads, self.config.head_dim
         for name, x in zip(("context's k", "context's v"), context[0], strict=True):
             checks.tensor(name, x, 4, self.device)

@@ -24,9 +24,12 @@ _DELTA_ROWS = 32
 @triton.jit
 def delta_kernel(
     OUT, GRAD_OUT, GRAD_LSE, DELTA, o_b, o_n, o_h, g_b, g_n, g_h, l_b, l_h, l_n, queries, heads,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, AS_DOT: tl.constexpr,
 ):  # fmt: skip
-    """``DELTA [B, H, N] = sum(out * grad_out) - grad_lse``."""
+    """``DELTA [B, H, N] = sum(out * grad_out) - grad_lse``.
+
+    AS_DOT: summed in the order of the sweeps' ``grad_out @ v``: where a row sees one key they cancel exactly.
+    """
     pid = tl.program_id(0)
     blocks = tl.cdiv(queries, BLOCK_M)
     row = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -39,7 +42,13 @@ def delta_kernel(
     out = tl.load(OUT + sample * o_b + head * o_h + wide * o_n + columns, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(GRAD_OUT + sample * g_b + head * g_h + wide * g_n + columns, mask=mask, other=0.0).to(tl.float32)
     grad_lse = tl.load(GRAD_LSE + sample * l_b + head * l_h + row * l_n, mask=stored, other=0.0)
-    tl.store(DELTA + (sample * heads + head) * queries + row, tl.sum(out * grad, 1) - grad_lse, mask=stored)
+    if AS_DOT:
+        within = tl.arange(0, BLOCK_M)
+        products = tl.dot(grad, tl.trans(out), input_precision="ieee")
+        delta = tl.sum(tl.where(within[:, None] == within[None, :], products, 0.0), 1)
+    else:
+        delta = tl.sum(out * grad, 1)
+    tl.store(DELTA + (sample * heads + head) * queries + row, delta - grad_lse, mask=stored)
 
 
 @triton.jit
@@ -361,7 +370,7 @@ def gradients(
             sink_turned = rotate(q, rope, dtype, first_token=first, mask=mask)
         own_k, own_v = keys.k, keys.v
         frame_tokens = 1 if rope is None else rope.frame_tokens
-    out, grad_out = rows(out), rows(grad_out)
+    out, grad_out, grad_lse = rows(out), rows(grad_out), grad_lse.contiguous()
     delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     rotation, block_d = rotary(rope, q), padded(head_dim)
     counts = (0, 0, 1, 1, True) if mask is None else mask
@@ -381,9 +390,11 @@ def gradients(
         by_rows, by_keys = (
             tiles.backward_tile(tiles.architecture(), block_d, dtype, keys.use, of) for of in ("queries", "keys")
         )
-        delta_kernel[(triton.cdiv(queries, _DELTA_ROWS) * heads * batch,)](
+        as_dot = dtype == torch.float32  # in half precision v is rounded far more coarsely than these sums
+        delta_rows = by_rows.rows if as_dot else _DELTA_ROWS
+        delta_kernel[(triton.cdiv(queries, delta_rows) * heads * batch,)](
             out, grad_out, grad_lse, delta, *strides(out, grad_out, grad_lse), queries, heads, **shape,
-            BLOCK_M=_DELTA_ROWS, num_warps=4, **FUSION,
+            BLOCK_M=delta_rows, AS_DOT=as_dot, num_warps=4, **FUSION,
         )  # fmt: skip
         grad_q_kernel[(triton.cdiv(queries, by_rows.rows) * heads * batch,)](
             turned, sink_turned, keys.k, keys.v, own_k, own_v, grad_out, lse, delta, grads[0], lengths, rotation.turns,

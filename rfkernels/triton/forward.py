@@ -30,12 +30,14 @@ def _sweep(
     """Keys [start, stop) of one range, in tiles: online softmax in base 2.
 
     MASKED: nothing is seen or loaded from ``limit`` on, and with ROW_BOUNDS a row sees [low, high) only. Otherwise
-    every row sees every key and the loop holds no mask (but for the padding of a head).
+    every row sees every key and the loop holds no mask (but for the padding of a head). ``total [rows, 8]`` adds keys
+    up by their number modulo 8, which one thread holds: the sum across threads is left for the end.
     """
     within = tl.arange(0, BLOCK_N)
-    # A moving scalar base and fixed 32-bit offsets: pointers to every row would take twice the registers.
-    k_offsets = within[:, None] * k_step + k_column[None, :]
-    v_offsets = within[:, None] * v_step + tl.arange(0, acc.shape[1])[None, :]
+    # A moving scalar base and fixed 32-bit offsets: pointers to every row would take twice the registers. Unsigned:
+    # sign extension would cost instructions in the loop.
+    k_offsets = (within[:, None] * k_step + k_column[None, :]).to(tl.uint32)
+    v_offsets = (within[:, None] * v_step + tl.arange(0, acc.shape[1])[None, :]).to(tl.uint32)
     k_base += tl.cast(start, tl.int64) * k_step
     v_base += tl.cast(start, tl.int64) * v_step
     for key in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
@@ -62,7 +64,7 @@ def _sweep(
             new = tl.maximum(top, tl.max(scores, 1) * scale)
             weights = tl.math.exp2(scores * scale - new[:, None])
             shrink = tl.math.exp2(top - new)
-        total = total * shrink + tl.sum(weights, 1)
+        total = total * shrink[:, None] + tl.sum(tl.reshape(weights, (acc.shape[0], BLOCK_N // 8, 8)), 1)
         acc = acc * shrink[:, None]
         if MASKED:
             v = tl.load(v_base + v_offsets, mask=loads & v_columns[None, :], other=0.0)
@@ -159,7 +161,7 @@ def forward_kernel(
     scale2 = tl.abs(scale) * LOG2_E
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, 8], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     q = tl.load(
         Q + wide_sample * q_b + wide_head * q_h + known.to(tl.int64)[:, None] * q_n + q_columns[None, :],
@@ -225,6 +227,7 @@ def forward_kernel(
             q = tl.load(sink_q + q_columns[None, :], mask=q_exists[None, :], other=0.0).to(tl.float32) * sign
             q = q.to(K.dtype.element_ty)
 
+    total = tl.sum(total, 1)
     empty = (total == 0.0) | (row < missing)
     out = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
     lse = tl.where(empty, float("-inf"), (top + tl.math.log2(tl.where(empty, 1.0, total))) * LN_2)

@@ -28,9 +28,15 @@ def rotary(rope: RopeTables | None, x: torch.Tensor) -> Rotary:
     return Rotary(rope.frame_turns, rope.spatial, options)
 
 
+_FARTHEST_TOKENS = 2**24  # elements from token to token: a tile of 128 then stays within 2**31, its 32-bit offsets
+
+
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """x, with a unit last stride: kernels take any other stride."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """``x [B, N, H, D]``, copied where the last stride is not one or tokens lie too far apart for a tile's offsets.
+
+    Kernels take any other stride; batch and head offsets, and those from tile to tile, have 64 bits.
+    """
+    return x if x.stride(-1) == 1 and x.stride(1) < _FARTHEST_TOKENS else x.contiguous()
 
 
 def padded(head_dim: int) -> int:

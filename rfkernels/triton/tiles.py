@@ -45,7 +45,7 @@ def forward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str) -
     if dtype == torch.float32:  # exact products are scalar multiply-adds: small tiles, or registers run out
         return Tile(32, 32, 4, 1) if block_d <= 128 else Tile(16, 32, 4, 1)
     if block_d <= 64:
-        return Tile(128, 64, 4, 2)
+        return Tile(128, 64, 8, 2)  # 4 warps spill
     if block_d == 128:
         if use == "prefix" and arch in (90, 100):
             # 128 keys halve the rescaling of the accumulator per score; only tensor cores that read shared memory
@@ -66,7 +66,7 @@ def backward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str, 
     if dtype == torch.float32:
         return Tile(32, 32, 4, 1) if block_d <= 64 else Tile(16, 16, 4, 1)
     if block_d <= 64:
-        return Tile(64, 64, 4, 2)
+        return Tile(64, 32, 4, 2)  # 64x64 spills, with 8 warps too
     if block_d == 128:
         if of == "queries":
             if arch in (100, 120):

@@ -1,11 +1,21 @@
-"""Numbers to compare with: float64 by the reference, and the error that plain torch makes in the same dtype."""
+"""Numbers to compare with: float64 by the reference, and the error that plain torch makes in the same dtype.
+
+``backend`` is the name of the one that is tested; where it runs is the caller's business.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
 
 import budget
 import torch
 
 import rfkernels as rf
+
+
+def runs(backend: str, dtype: torch.dtype) -> tuple[tuple[str, torch.dtype], ...]:
+    """What a result is made of: the backend's, plain torch's in the same dtype, and the exact one."""
+    return (backend, dtype), ("reference", dtype), ("reference", torch.float64)
 
 
 def check(name: str, got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
@@ -22,27 +32,51 @@ def uneven(*size: int, dtype: torch.dtype, device: torch.device, spare: int = 16
     return full.to(device, dtype)[..., :heads, :last]
 
 
-class Streams:
-    """One cache under the Triton backend, and the same life under the reference in its dtype and in float64."""
+COMPARED = ("out", "lse", "grad_q", "grad_k", "grad_v")
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, rope: rf.Rope3D | None, **arguments):
+
+def compare(
+    backend: str,
+    function: Callable,
+    qkv: list[torch.Tensor],
+    dtype: torch.dtype,
+    names: Collection[str] = COMPARED,
+) -> None:
+    """``function(run, q, k, v) -> out, lse``: both, and all gradients through both, in the three `runs`."""
+    results, weights = [], None
+    for run, (name, run_dtype) in enumerate(runs(backend, dtype)):
+        inputs = [x.detach().to(run_dtype).requires_grad_() for x in qkv]
+        with rf.use_backend(name):
+            out, lse = function(run, *inputs)
+        if weights is None:
+            weights = [torch.randn(x.shape).to(x.device) for x in (out, lse)]
+        loss = (out * weights[0].to(out.dtype)).sum()
+        loss = loss + (torch.where(lse.isfinite(), lse, 0) * weights[1].to(lse.dtype)).sum()
+        results.append([out, lse, *torch.autograd.grad(loss, inputs)])
+    for name, *triple in zip(COMPARED, *results, strict=True):
+        if name in names:
+            check(name, *triple, dtype)
+
+
+class Streams:
+    """One cache under the backend, and the same life under the reference in its dtype and in float64."""
+
+    def __init__(self, backend: str, device: torch.device, dtype: torch.dtype, rope: rf.Rope3D | None, **arguments):
         sink_dtype = arguments.pop("sink_dtype", None)
         common = dict(head_dim=rope.head_dim if rope else 32, rope=rope, device=device) | arguments
-        self.dtype = dtype
+        self.backend, self.dtype, self.device = backend, dtype, device
         self.ours, self.plain = (rf.EMASinkCache(**common, dtype=dtype, sink_dtype=sink_dtype) for _ in range(2))
         # With a half sink the published rounding is the definition: nothing in float64 to compare with.
         self.exact = self.plain if sink_dtype else rf.EMASinkCache(**common, dtype=torch.float64)
-        self.device = device
 
-    def runs(self):
-        yield "triton", self.ours, self.dtype
-        yield "reference", self.plain, self.dtype
-        if self.exact is not self.plain:
-            yield "reference", self.exact, torch.float64
+    def runs(self) -> Iterator[tuple[str, rf.EMASinkCache, torch.dtype]]:
+        caches = (self.ours, self.plain) if self.exact is self.plain else (self.ours, self.plain, self.exact)
+        for (name, dtype), cache in zip(runs(self.backend, self.dtype), caches, strict=False):
+            yield name, cache, dtype
 
     def begin(self, *arguments, **options) -> None:
-        for backend, cache, _ in self.runs():
-            with rf.use_backend(backend):
+        for name, cache, _ in self.runs():
+            with rf.use_backend(name):
                 cache.begin_chunk(*arguments, **options)
 
     def poison(self) -> None:
@@ -65,21 +99,17 @@ class Streams:
         """Writes and attends, and compares output and normaliser."""
         qkv = self.inputs(group * self.ours.num_kv_heads)
         results = []
-        for backend, cache, dtype in self.runs():
-            with rf.use_backend(backend):
+        for name, cache, dtype in self.runs():
+            with rf.use_backend(name):
                 results.append(rf.streaming_attention(*(x.to(dtype) for x in qkv), cache[layer], return_lse=True))
         results += [results[-1]] * (3 - len(results))
         for name, *triple in zip(("out", "lse"), *results, strict=True):
-            check(
-                name,
-                *triple,
-                self.dtype if name == "out" else torch.float32 if self.dtype == torch.float32 else self.dtype,
-            )
+            check(name, *triple, self.dtype)
 
     def write(self, layer: int = 0) -> None:
         _, k, v = self.inputs(1)
-        for backend, cache, dtype in self.runs():
-            with rf.use_backend(backend):
+        for name, cache, dtype in self.runs():
+            with rf.use_backend(name):
                 cache[layer].write(k.to(dtype), v.to(dtype))
 
     def compare_cache(self) -> None:

@@ -1,0 +1,1 @@
+"""A small model of real pictures in motion: its clips, its training, and what is measured of it."""

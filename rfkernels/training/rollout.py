@@ -1,0 +1,178 @@
+"""Self Forcing: the student generates through its own cache, and learns from what it generated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from .. import checks
+from ..arguments import accumulate_dtype
+from ..draws import Generators, draw
+from ..losses.schedule import FlowMatchSchedule
+from ..models.wan import CausalWan
+
+
+class Rollout(NamedTuple):
+    """latents: ``[B, N, C, h, w]`` clean; where gradients are enabled, with one from frame ``first_grad_frame`` on.
+    exit_steps: of each chunk, the index of the step whose prediction it is."""
+
+    latents: torch.Tensor
+    first_grad_frame: int
+    exit_steps: list[int]
+
+    @property
+    def graded(self) -> torch.Tensor:
+        """The frames from first_grad_frame on: what the scores are asked about."""
+        return self.latents[:, self.first_grad_frame :]
+
+
+class SelfForcingRollout:
+    """Rolls a student out chunk by chunk as inference does, evicting and fusing, with few gradients ("Self Forcing",
+    arXiv 2506.08009; "Reward Forcing", arXiv 2512.04678).
+
+    A chunk is denoised down to one randomly chosen step, whose prediction of x0 is the chunk; only that pass has a
+    gradient, by `chunk_attention` on the frozen past, and only in the last ``grad_frames`` frames. A pass without
+    gradient then leaves the clean chunk in the cache. Recomputation (``model.checkpointing``) is safe.
+
+    Args:
+        model: the student, also wrapped by FSDP2.
+        steps, shift, chunk_frames, first_chunk_frames, sink_frames, window_frames, alpha, context_noise,
+            add_context_noise: as in `StreamingSampler`.
+        grad_frames: chunks that begin within the last so many frames have a gradient.
+        last_step_only: every chunk takes all steps.
+        same_step: one choice for all chunks; False: one for each.
+        cache_options: further arguments of `EMASinkCache` (dtype, sink_dtype, sink_positions).
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        model: CausalWan,
+        steps: Sequence[float] = (1000, 750, 500, 250),
+        shift: float = 5.0,
+        chunk_frames: int = 3,
+        sink_frames: int = 3,
+        window_frames: int = 6,
+        alpha: float = 0.999,
+        *,
+        grad_frames: int = 21,
+        last_step_only: bool = False,
+        same_step: bool = True,
+        first_chunk_frames: int | None = None,
+        context_noise: float = 0.0,
+        add_context_noise: bool = False,
+        **cache_options,
+    ):
+        self.model, self.schedule = model, FlowMatchSchedule(shift)
+        self.timesteps = self.schedule.timesteps(steps)
+        self.chunk_frames, self.first_chunk_frames = checks.chunk_lengths(
+            chunk_frames, first_chunk_frames, window_frames
+        )
+        self.grad_frames = checks.integer("grad_frames", grad_frames, 0)
+        self.last_step_only, self.same_step = bool(last_step_only), bool(same_step)
+        self.context_noise = checks.number("context_noise", context_noise, 0, 1000)
+        self.add_context_noise = bool(add_context_noise)
+        self.cache_options = cache_options | dict(sink_frames=sink_frames, window_frames=window_frames, alpha=alpha)
+
+    def __call__(
+        self,
+        context: torch.Tensor,
+        num_frames: int,
+        height: int,
+        width: int,
+        *,
+        generator: Generators = None,
+        exit_generator: torch.Generator | None = None,
+        exit_steps: Sequence[int] | None = None,
+        initial: torch.Tensor | None = None,
+    ) -> Rollout:
+        """One clip for each prompt. Under ``torch.no_grad()`` there is no gradient anywhere (for the critic).
+
+        Args:
+            context: text embeddings ``[B, n, text_dim]``.
+            num_frames, height, width: of the latents.
+            generator: of the noise, one or one for each sample.
+            exit_generator: of the choice of steps, on the CPU. Where torch.distributed is initialised rank 0 chooses
+                for all, so that every rank runs the same passes.
+            exit_steps: the choice itself, an index into the steps for each chunk.
+            initial: clean latents ``[B, any length, C, h, w]`` to continue from; not returned.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        model = self.model
+        checks.tensor("context", context, 3, model.device)
+        checks.integer("num_frames", num_frames, 1)
+        batch, channels = len(context), model.config.in_channels
+        dtype = accumulate_dtype(model.dtype)
+        if initial is not None:
+            checks.tensor("initial", initial, 5, model.device)
+            checks.shape("initial", initial, batch=batch, frames=None, channels=channels, height=height, width=width)
+        chunks = self._chunks(num_frames, 0 if initial is None else initial.shape[1])
+        exits = self._exits(len(chunks), exit_generator, exit_steps)
+        cache = model.make_cache(batch, height, width, **self.cache_options)
+        with torch.no_grad():
+            encoded = model.encode_context(context)
+
+        def noise(frames: int) -> torch.Tensor:
+            return draw(torch.randn, (batch, frames, channels, height, width), generator, model.device, dtype)
+
+        def predict(x: torch.Tensor, timestep: float, context, **past) -> torch.Tensor:
+            flow = model(x, torch.full((batch,), timestep, device=x.device), context, **past)
+            return self.schedule.clean(x, flow, timestep)
+
+        @torch.no_grad()
+        def write(clean: torch.Tensor) -> None:
+            if self.add_context_noise and self.context_noise:
+                clean = self.schedule.add_noise(clean, noise(clean.shape[1]), self.context_noise)
+            predict(clean, self.context_noise, encoded, cache=cache)
+
+        for given in () if initial is None else initial.to(dtype).split(self.chunk_frames, 1):
+            cache.begin_chunk(given.shape[1])
+            write(given)
+        done, first_grad, made = 0, num_frames, []
+        for frames, last in zip(chunks, exits, strict=True):
+            cache.begin_chunk(frames)
+            x = noise(frames)
+            with torch.no_grad():
+                for timestep, following in zip(self.timesteps[:last], self.timesteps[1:], strict=False):
+                    clean = predict(x, timestep, encoded, cache=cache)
+                    x = self.schedule.add_noise(clean, noise(frames), following)
+            graded = done >= num_frames - self.grad_frames
+            first_grad = min(first_grad, done) if graded else first_grad
+            if graded and torch.is_grad_enabled():
+                # The embeddings, not their cached keys and values: these have weights too.
+                clean = predict(x, self.timesteps[last], context, contexts=[layer.context() for layer in cache])
+            else:
+                with torch.no_grad():
+                    clean = predict(x, self.timesteps[last], encoded, cache=cache)
+            made.append(clean)
+            done += frames
+            if done < num_frames:
+                write(clean.detach())
+        return Rollout(torch.cat(made, 1), first_grad, exits)
+
+    def _chunks(self, num_frames: int, before: int) -> list[int]:
+        lengths: list[int] = []
+        while (left := num_frames - sum(lengths)) > 0:
+            lengths.append(min(left, self.chunk_frames if lengths or before else self.first_chunk_frames))
+        return lengths
+
+    def _exits(self, chunks: int, generator: torch.Generator | None, given: Sequence[int] | None) -> list[int]:
+        steps = len(self.timesteps)
+        if given is not None:
+            if len(given) != chunks:
+                raise ValueError(f"exit_steps must have one index for each of {chunks} chunks, got {len(given)}")
+            return [checks.integer("exit_steps", step, 0, steps - 1) for step in given]
+        if self.last_step_only:
+            return [steps - 1] * chunks
+        chosen = torch.randint(steps, (1 if self.same_step else chunks,), generator=generator)
+        if dist.is_available() and dist.is_initialized():
+            chosen = chosen.to(self.model.device)
+            dist.broadcast(chosen, 0)
+        return chosen.expand(chunks).tolist()

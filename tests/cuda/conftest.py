@@ -1,0 +1,44 @@
+"""CUDA kernels as PTX, compiled once (kept under build/ptx until a source changes), executed by the emulator."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from ptx import emulator
+from ptx.compile import find_nvcc, nvcc_ptx
+
+ROOT = Path(__file__).parents[2]
+KEPT = ROOT / "build" / "ptx"
+
+
+def sources_digest() -> str:
+    files = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cu"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def cuda_ptx(name: str, arch: str = "sm_80") -> str:
+    """The PTX of ``csrc/cuda/<name>.cu``."""
+    kept = KEPT / f"{name.replace('/', '_')}.{arch}.{sources_digest()}.ptx"
+    if not kept.exists():
+        KEPT.mkdir(parents=True, exist_ok=True)
+        for old in KEPT.glob(f"{name.replace('/', '_')}.{arch}.*.ptx"):
+            old.unlink(missing_ok=True)
+        kept.write_text(nvcc_ptx(str(ROOT / "csrc" / "cuda" / f"{name}.cu"), arch))
+    return kept.read_text()
+
+
+@pytest.fixture(scope="session")
+def cuda_module():
+    """``cuda_module("forward/bf16_d128")``: a module of the emulator, parsed once."""
+    if reason := emulator.unavailable():
+        pytest.skip(reason)
+    if find_nvcc() is None:
+        pytest.skip("no nvcc: the CUDA kernels cannot be compiled")
+    modules = {}
+
+    def module(name: str) -> emulator.Module:
+        if name not in modules:
+            modules[name] = emulator.Module(cuda_ptx(name))
+        return modules[name]
+
+    return module

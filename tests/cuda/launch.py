@@ -1,0 +1,121 @@
+"""The ctypes mirror of csrc/cuda/attention_params.h, and launches of the attention kernels on the emulator."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_bool, c_float, c_int32, c_int64, c_void_p
+
+import torch
+
+from rfkernels.geometry import WindowMask
+from rfkernels.rope import RopeTables
+
+TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+USES = {"prefix": 0, "chunk": 1, "window": 2}
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("batch", c_int64), ("token", c_int64), ("head", c_int64)]
+
+    @classmethod
+    def of(cls, x: torch.Tensor | None) -> Rows:
+        if x is None:
+            return cls()
+        assert x.stride(3) == 1 and x.data_ptr() % 16 == 0
+        return cls(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+
+
+class QueryRope(ctypes.Structure):
+    _fields_ = [("frame_turns", c_void_p), ("spatial", c_void_p), ("frame_pairs", c_int32), ("half_split", c_int32)]
+
+
+class Mask(ctypes.Structure):
+    _fields_ = [(n, c_int64) for n in ("sink_tokens", "window_tokens", "chunk_tokens", "first_chunk_tokens")]
+    _fields_ += [("own_chunk", c_bool)]
+
+
+class AttentionProblem(ctypes.Structure):
+    _fields_ = [(n, Rows) for n in ("q", "k", "v", "own_k", "own_v")] + [
+        ("num_frames", c_void_p), ("rope", QueryRope), ("mask", Mask), ("frame_tokens", c_int64), ("capacity", c_int64),
+        *((n, c_int32) for n in ("batch", "queries", "keys", "heads", "kv_heads", "use", "q_type")), ("scale", c_float),
+    ]  # fmt: skip
+
+
+class ForwardParams(ctypes.Structure):
+    _fields_ = [("problem", AttentionProblem), ("out", c_void_p), ("lse", c_void_p), ("splits", c_int32)]
+    _fields_ += [("row_blocks", c_int32)]
+
+
+class MergeParams(ctypes.Structure):
+    _fields_ = [(n, c_void_p) for n in ("parts", "part_lse", "out", "lse")]
+    _fields_ += [(n, c_int32) for n in ("splits", "batch", "queries", "heads", "head_dim")]
+
+
+def problem(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    own_k: torch.Tensor | None = None,
+    own_v: torch.Tensor | None = None,
+    num_frames: torch.Tensor | None = None,
+    rope: RopeTables | None = None,
+    mask: WindowMask | None = None,
+    frame_tokens: int = 1,
+    capacity: int = 0,
+    scale: float = 1.0,
+) -> tuple[AttentionProblem, dict[str, torch.Tensor]]:
+    """The struct, and the tensors that it points to by name."""
+    use = "window" if mask is not None else "prefix" if own_k is None else "chunk"
+    tensors = {"q": q, "k": k, "v": v, "own_k": own_k, "own_v": own_v, "num_frames": num_frames}
+    tables = QueryRope()
+    if rope is not None:
+        tensors |= {"frame_turns": rope.frame_turns, "spatial": rope.spatial}
+        pairs = rope.frame_turns.shape[0]
+        tables = QueryRope(rope.frame_turns.data_ptr(), rope.spatial.data_ptr(), pairs, rope.half_split)
+        frame_tokens = rope.frame_tokens
+    struct = AttentionProblem(
+        *(Rows.of(x) for x in (q, k, v, own_k, own_v)), None if num_frames is None else num_frames.data_ptr(), tables,
+        Mask(*(mask or (0, 0, 1, 1, True))), frame_tokens, capacity, q.shape[0], q.shape[1], k.shape[1], q.shape[2],
+        k.shape[2], USES[use], TYPES[q.dtype], scale,
+    )  # fmt: skip
+    return struct, {name: x for name, x in tensors.items() if x is not None}
+
+
+def forward(cuda_module, q, k, v, *, splits: int = 1, keys: int = 0, seed: int = 0, module=None, **options):
+    """out, lse and the counts of the forward kernel; with splits, of its parts joined by the merge kernel."""
+    struct, tensors = problem(q, k, v, **options)
+    batch, queries, heads, head_dim = q.shape
+    name = f"{SHORT[v.dtype]}_d{head_dim}"
+    small = head_dim == 128 and keys == 32
+    tile_keys = 32 if small or head_dim == 256 else 64
+    tile_rows = 128
+    blocks = -(-queries // tile_rows)
+    shape = (splits, *q.shape) if splits > 1 else q.shape
+    out = torch.empty(shape, dtype=torch.float32 if splits > 1 else v.dtype)
+    lse = torch.empty(*shape[:-4], batch, heads, queries)
+    params = ForwardParams(struct, out.data_ptr(), lse.data_ptr(), splits, blocks)
+    module = module or cuda_module(f"forward/{name}")
+    counts = module.launch(
+        f"rf_attention_forward_{name}" + ("_k32" if small else ""), (blocks * heads * batch, splits),
+        (256 if head_dim == 256 else 128,), [bytes(params)], 2 * head_dim * (tile_rows + 2 * tile_keys) + 32, seed,
+        tensors=tensors | {"out": out, "lse": lse}, poison=["out", "lse"],
+    )  # fmt: skip
+    assert counts.unwritten == {"out": 0, "lse": 0}
+    if splits > 1:
+        out, lse = merge(cuda_module, out, lse, v.dtype)
+    return out, lse, counts
+
+
+def merge(cuda_module, parts: torch.Tensor, part_lse: torch.Tensor, dtype: torch.dtype):
+    splits, batch, queries, heads, head_dim = parts.shape
+    out, lse = torch.empty(parts.shape[1:], dtype=dtype), torch.empty(part_lse.shape[1:])
+    tensors = {"parts": parts, "part_lse": part_lse, "out": out, "lse": lse}
+    params = MergeParams(*(x.data_ptr() for x in tensors.values()), splits, batch, queries, heads, head_dim)
+    rows = batch * queries * heads
+    counts = cuda_module("attention_merge").launch(
+        f"rf_attention_merge_{SHORT[dtype]}", (-(-rows // 8),), (256,), [bytes(params)], tensors=tensors,
+        poison=["out", "lse"],
+    )  # fmt: skip
+    assert counts.unwritten == {"out": 0, "lse": 0}
+    return out, lse

@@ -1,0 +1,138 @@
+"""The attention forward executed on the PTX emulator, all checkers on, against reference.py."""
+
+import budget
+import pytest
+import torch
+
+import rfkernels as rf
+from cuda.launch import forward
+from rfkernels import reference
+from rfkernels.arguments import Past
+from rfkernels.geometry import CacheGeometry, WindowMask
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def padded(*size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random values in a view with NaN around each row."""
+    *front, heads, last = size
+    full = torch.full((*front, heads + 1, last + 8), float("nan"), dtype=dtype)
+    full[..., :heads, :last] = torch.randn(size)
+    return full[..., :heads, :last]
+
+
+def compare(name: str, got, exact, plain, dtype) -> None:
+    for what, ours, wide, same in zip(("out", "lse"), got, exact, plain, strict=True):
+        budget.check(ours, wide, same, f"{name} {what}", least=1e-3 if what == "out" else 1.0, dtype=dtype)
+
+
+def conflicts(counts, *opcodes: str) -> int:
+    return sum(row[6] for row in counts.instructions if row[0].startswith(opcodes))
+
+
+def tables(head_dim: int, tokens: tuple[int, int], half: bool, dtype: torch.dtype):
+    rope = rf.Rope3D(head_dim, *tokens, pairing="half" if half else "interleaved")
+    return rope.tables("cpu", dtype)
+
+
+def run_prefix(cuda_module, dtype, head_dim, *, frames=3, size=(5, 9), ages=(2, 40), heads=(4, 2), **options):
+    tokens, geometry = size[0] * size[1], CacheGeometry(2, 5, size[0] * size[1])
+    num_frames = torch.tensor(ages)
+    rope = options.pop("rope", "interleaved")
+    q_dtype, scale = options.pop("q_dtype", dtype), options.pop("scale", head_dim**-0.5)
+    q = padded(len(ages), frames * tokens, heads[0], head_dim, dtype=q_dtype)
+    k, v = (padded(len(ages), geometry.capacity * tokens, heads[1], head_dim, dtype=dtype) for _ in range(2))
+    for sample, age in enumerate(ages):
+        k[sample, geometry.valid_frames(age) * tokens :] = v[sample, geometry.valid_frames(age) * tokens :] = torch.nan
+    rope_tables = [tables(head_dim, size, rope == "half", d) if rope else None for d in (dtype, torch.float64)]
+    out, lse, counts = forward(
+        cuda_module, q, k, v, num_frames=num_frames, rope=rope_tables[0], frame_tokens=tokens,
+        capacity=geometry.capacity, scale=scale, **options,
+    )  # fmt: skip
+    plain = reference.attend(q, k, v, num_frames, rope_tables[0], geometry, scale)
+    exact = reference.attend(q.double(), k.double(), v.double(), num_frames, rope_tables[1], geometry, scale)
+    compare("prefix", (out, lse), exact, plain, dtype)
+    return counts
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_prefix(cuda_module, dtype, head_dim):
+    """A stream with a missing frame, and one whose cache is full; grouped heads."""
+    counts = run_prefix(cuda_module, dtype, head_dim)
+    assert conflicts(counts, "ldmatrix", "cp.async") == 0  # the main loop's; filling and emptying q's tile has some
+
+
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no rope"])
+@pytest.mark.parametrize("ages", [(7, 2), (12, 3)], ids=str)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_chunk(cuda_module, rope, ages, splits):
+    """Past and open chunk, in streams of different ages; the second has a missing frame or no past."""
+    size, frames, head_dim, dtype = (3, 11), 3, 64, BF16
+    tokens, geometry = size[0] * size[1], CacheGeometry(2, 5, size[0] * size[1])
+    q = padded(2, frames * tokens, 4, head_dim, dtype=dtype)
+    own_k, own_v = (padded(2, frames * tokens, 2, head_dim, dtype=dtype) for _ in range(2))
+    past_k, past_v = (padded(2, (geometry.capacity - frames) * tokens, 2, head_dim, dtype=dtype) for _ in range(2))
+    num_frames = torch.tensor(ages)
+    for sample, age in enumerate(ages):
+        valid = max(geometry.valid_frames(age) - frames, 0) * tokens
+        past_k[sample, valid:] = past_v[sample, valid:] = torch.nan
+        missing = max(frames - age, 0) * tokens
+        own_k[sample, :missing] = own_v[sample, :missing] = torch.nan
+    rope_tables = [tables(head_dim, size, False, d) if rope else None for d in (dtype, torch.float64)]
+    open_frames = num_frames[:, None] + torch.arange(-frames, 0)
+    rotated = reference.rotate(own_k, open_frames, rope_tables[0])
+    results = [
+        forward(cuda_module, q, past_k, past_v, own_k=rotated, own_v=own_v, num_frames=num_frames, rope=rope_tables[0],
+                frame_tokens=tokens, capacity=geometry.capacity, scale=0.1, splits=splits)[:2]
+    ]  # fmt: skip
+    for d, table in ((torch.float64, rope_tables[1]), (dtype, rope_tables[0])):
+        frames_of = [
+            [f for x in past.to(d).unflatten(1, (-1, tokens)) for f in x.unbind(0)] for past in (past_k, past_v)
+        ]
+        past = Past(*frames_of, num_frames, False, d)
+        results.append(reference.chunk_attention(*(x.to(d) for x in (q, own_k, own_v)), past, table, geometry, 0.1))
+    compare("chunk", *results, dtype)
+
+
+MASKS = {
+    "token-causal": (WindowMask(3, 70, 1, 1, True), None),
+    "chunks": (WindowMask(24, 72, 36, 36, True), (3, 4)),
+    "first chunk": (WindowMask(12, 48, 36, 12, True), (3, 4)),
+    "clean context": (WindowMask(24, 72, 36, 36, False), (3, 4)),
+    "no sinks": (WindowMask(0, 36, 12, 12, True), (3, 4)),
+    "everything": (WindowMask(0, 2**40, 2**40, 2**40, True), None),
+    "token-causal, rope": (WindowMask(2, 50, 1, 1, True), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("last_queries", [None, 77])
+@pytest.mark.parametrize("mask, size", MASKS.values(), ids=MASKS)
+def test_window(cuda_module, mask, size, last_queries):
+    keys, head_dim, dtype = 252, 64, BF16
+    q = padded(1, last_queries or keys, 2, head_dim, dtype=dtype)
+    k, v = (padded(1, keys, 1, head_dim, dtype=dtype) for _ in range(2))
+    rope_tables = [tables(head_dim, size, False, d) if size else None for d in (dtype, torch.float64)]
+    rotated = k
+    if size:
+        frames = torch.arange(keys)[None] // rope_tables[0].frame_tokens
+        rotated = reference.rotate(k, frames, rope_tables[0])
+    got = forward(cuda_module, q, rotated, v, mask=mask, rope=rope_tables[0], scale=0.2)[:2]
+    plain = reference.sink_window_attention(q, k, v, rope_tables[0], mask, 0.2)
+    exact = reference.sink_window_attention(q.double(), k.double(), v.double(), rope_tables[1], mask, 0.2)
+    compare("window", got, exact, plain, dtype)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope": None, "ages": (0, 5)},
+        {"rope": "half", "ages": (3,), "heads": (1, 1), "keys": 32},
+        {"splits": 3, "ages": (9,), "q_dtype": torch.float32},
+        {"scale": -0.3, "ages": (4,)},
+        {"scale": 0.0, "ages": (4,)},
+    ],
+    ids=["empty", "half", "splits", "negative", "zero"],
+)
+def test_prefix_forms(cuda_module, options):
+    run_prefix(cuda_module, BF16, 128, **options)

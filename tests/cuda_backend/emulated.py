@@ -1,0 +1,121 @@
+"""The CUDA backend on CPU tensors: the host code as it is, its launches executed by the PTX emulator.
+
+``csrc/cuda_*.cpp`` are compiled with ``runtime.cpp`` of this folder in place of the CUDA runtime and register the
+schemas of `rfkernels.ops` once more, as ``torch.ops.rfkernels_emulated``. A launch arrives in `_launch` with the
+kernel's name, its argument as bytes and the tensors that it points to, and runs the PTX that nvcc makes of the same
+``csrc/cuda/**/*.cu``. Builds are kept under build/ by the content of what they are made of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import torch
+from cuda.conftest import cuda_ptx
+from ptx import compile as ptx_compile
+from ptx import emulator
+
+from rfkernels import ops
+
+ROOT = Path(__file__).parents[2]
+CSRC, HERE = ROOT / "csrc", Path(__file__).parent
+BUILD = ROOT / "build" / "cuda_emulated"
+NAMESPACE = "rfkernels_emulated"
+
+launches: list[tuple[str, emulator.Result]] = []
+"""What ran since the list was last cleared: names of kernels and the emulator's counts."""
+
+failure: Exception | None = None
+"""What the emulator objected to last; the host code can only pass on its text."""
+
+
+def unavailable() -> str | None:
+    """Why the CUDA kernels cannot be emulated here, or None."""
+    if not CSRC.exists():
+        return "no source tree beside the tests"
+    if ptx_compile.find_nvcc() is None:
+        return "no nvcc: the CUDA kernels cannot be compiled to PTX"
+    return emulator.unavailable()
+
+
+def _digest(paths: Iterable[Path], *more: str) -> str:
+    digest = hashlib.sha256("\n".join(more).encode())
+    for path in sorted(paths):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _run(command: list) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[:4000]}")
+
+
+@cache
+def _module(kernel: str) -> emulator.Module:
+    """The module that holds a kernel: compiled at its first launch, kept under build/ until a source changes."""
+    (source,) = [
+        path for path in (CSRC / "cuda").rglob("*.cu") if re.search(rf"\b{kernel}\b", path.read_text(encoding="utf-8"))
+    ]
+    return _modules(str(source.relative_to(CSRC / "cuda").with_suffix("")))
+
+
+@cache
+def _modules(name: str) -> emulator.Module:
+    return emulator.Module(cuda_ptx(name))
+
+
+def _library() -> Path:
+    """The host code, compiled with the emulated runtime."""
+    sources = [*CSRC.glob("cuda_*.cpp"), HERE / "runtime.cpp"]
+    torch_folder = Path(torch.__file__).parent
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
+    flags += [f"-DRF_NAMESPACE={NAMESPACE}", "-DRF_DISPATCH_KEY=CPU", "-DRF_KERNELS_BY_NAME"]
+    library = BUILD / f"host-{_digest([*sources, *CSRC.rglob('*.h')], torch.__version__, *flags)}.so"
+    if not library.exists():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        fresh = library.with_suffix(f".{os.getpid()}")
+        _run(
+            [os.environ.get("CXX", "g++"), *flags, "-isystem", torch_folder / "include", "-I", CSRC, *sources,
+             "-L", torch_folder / "lib", "-ltorch_cpu", "-lc10", "-o", fresh]
+        )  # fmt: skip
+        os.replace(fresh, library)
+    return library
+
+
+@cache
+def load():
+    """``torch.ops.rfkernels_emulated``, ready to be called."""
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for name, schema in ops._NATIVE_SCHEMAS.items():
+        library.define(name + schema)
+    library.define(
+        "launch(str kernel, int[] grid, int threads, int shared_bytes, Tensor params, Tensor[] tensors, "
+        "Tensor[] results) -> ()"
+    )
+    library.impl("launch", _launch, "CompositeExplicitAutograd")
+    load.library = library  # lives as long as the process
+    torch.ops.load_library(str(_library()))
+    return getattr(torch.ops, NAMESPACE)
+
+
+def _launch(kernel, grid, threads, shared_bytes, params, tensors, results) -> None:
+    global failure
+    try:
+        fresh = {f"result {i}": x for i, x in enumerate(results)}
+        result = _module(kernel).launch(
+            kernel, tuple(grid), (threads,), [bytes(params.numpy())], shared_bytes, seed=len(launches),
+            tensors={f"tensor {i}": x for i, x in enumerate(tensors)} | fresh, poison=list(fresh),
+        )  # fmt: skip
+        unwritten = {name: count for name, count in result.unwritten.items() if count}
+        assert not unwritten, f"{kernel} leaves bytes of its results unwritten: {unwritten}"
+    except Exception as error:
+        failure = error
+        raise
+    launches.append((kernel, result))

@@ -1,0 +1,42 @@
+// csrc/cuda/runtime.h on the CPU: a launch is a call of the op rfkernels_emulated::launch, which emulated.py
+// implements.
+#include "cuda/runtime.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <cstring>
+#include <string>
+
+namespace rfkernels::cuda {
+
+using torch::stable::Tensor;
+
+bool on_device(const Tensor& x) { return x.is_cpu(); }
+
+bool available(const Kernel&) { return true; }
+
+int shared_memory(const Tensor&) { return 164 * 1024; }  // of an A100
+
+int processors(const Tensor&) { return 8; }  // few, so that small tests both split and do not
+
+void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, const void* params, size_t params_bytes,
+            const std::vector<Tensor>& tensors, const std::vector<Tensor>& results) {
+  if (grid.x == 0 || grid.y == 0) return;
+  using torch::stable::detail::from;
+  Tensor bytes =
+      torch::stable::new_empty(tensors.front(), {int64_t(params_bytes)}, torch::headeronly::ScalarType::Byte);
+  std::memcpy(bytes.mutable_data_ptr(), params, params_bytes);
+  std::array<StableIValue, 7> stack{from(std::string(kernel.name)),
+                                    from(std::vector<int64_t>{grid.x, grid.y}),
+                                    from(int64_t(threads)),
+                                    from(int64_t(shared_bytes)),
+                                    from(bytes),
+                                    from(tensors),
+                                    from(results)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("rfkernels_emulated::launch", "", stack.data(), TORCH_ABI_VERSION));
+}
+
+}  // namespace rfkernels::cuda

@@ -1,0 +1,87 @@
+"""The grid of cases under the CUDA backend, through the public functions: on a GPU, or on the PTX emulator."""
+
+from __future__ import annotations
+
+import grid
+import pytest
+import torch
+
+import rfkernels as rf
+
+HEAD_DIMS = (64, 80, 128)
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def spread(cases: list, every: int) -> list:
+    """All cases, head sizes and dtypes in turn; all but each ``every``-th are slow."""
+    chosen = []
+    for index, case in enumerate(cases):
+        dtype = DTYPES[index // len(HEAD_DIMS) % 2]
+        case = case._replace(head_dim=HEAD_DIMS[index % len(HEAD_DIMS)])
+        marks = () if index % every == 0 else pytest.mark.slow
+        chosen.append(pytest.param(dtype, case, marks=marks, id=f"{str(dtype)[6:]}-{case}"))
+    return chosen
+
+
+LARGE = [grid.Life(2, 3, 2, head_dim=head_dim, group=2, size=(3, 5)) for head_dim in (96, 256)]
+
+
+@pytest.mark.parametrize(("dtype", "life"), spread(grid.LIVES, 8))
+def test_a_stream(device, dtype, life):
+    grid.run_life("cuda", device, dtype, life)
+
+
+@pytest.mark.parametrize("life", LARGE, ids=str)
+def test_a_stream_of_other_head_sizes(device, life):
+    grid.run_life("cuda", device, torch.bfloat16, life)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_published_arithmetic_in_half_precision(device, dtype):
+    life = grid.Life(2, 3, 2, alpha=0.75, head_dim=64, size=(3, 5))
+    streams = grid.run_life("cuda", device, dtype, life, sink_dtype=dtype)
+    assert torch.equal(streams.ours.v, streams.plain.v), "values are averaged bit for bit as published"
+
+
+@pytest.mark.parametrize(("dtype", "case"), spread(grid.CHUNKS, 8))
+def test_chunk_attention(device, dtype, case):
+    grid.run_chunk("cuda", device, dtype, case)
+
+
+@pytest.mark.parametrize(("dtype", "case"), spread(grid.WINDOWS, 12))
+def test_sink_window_attention(device, dtype, case):
+    grid.run_window("cuda", device, dtype, case)
+
+
+@pytest.mark.parametrize("case", grid.LOSSES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
+def test_redmd_loss(device, dtype, case):
+    grid.run_loss("cuda", device, dtype, case)
+
+
+def test_it_refuses_what_it_has_no_kernels_for(device):
+    x = torch.randn(1, 8, 1, 64, device=device)
+    with rf.use_backend("cuda"), pytest.raises(ValueError, match=r"float16 and bfloat16.*got torch.float32"):
+        rf.sink_window_attention(x, x, x, sink_tokens=1, window_tokens=2)
+    x = torch.randn(1, 8, 1, 48, device=device, dtype=torch.bfloat16)
+    with rf.use_backend("cuda"), pytest.raises(ValueError, match=r"head_dim .*64.*got 48"):
+        rf.sink_window_attention(x, x, x, sink_tokens=1, window_tokens=2)
+
+
+def test_launches_of_a_backward(device, emulated):
+    """Queries are rotated for their window and for the sinks outside it; gradients take the dtypes of their inputs."""
+    rope = rf.Rope3D(64, 2, 3)
+    q, k, v = (
+        torch.randn(1, 60, 1, 64, device=device).to(dtype) for dtype in (torch.float64, torch.float32, DTYPES[0])
+    )
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    with rf.use_backend("cuda"):
+        out = rf.sink_window_attention(*leaves, sink_tokens=6, window_tokens=12, chunk_tokens=6, rope=rope)
+        if emulated:
+            emulated.launches.clear()
+        out.sum().backward()
+    assert [x.grad.dtype for x in leaves] == [x.dtype for x in leaves]
+    if emulated:
+        names = [name for name, _ in emulated.launches]
+        kernels = [f"rf_attention_{name}" for name in ("delta_bf16", "grad_q_bf16_d64", "grad_kv_bf16_d64")]
+        assert names == ["rf_rotate"] * 3 + kernels

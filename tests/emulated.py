@@ -1,0 +1,91 @@
+"""The Triton backend on CPU tensors by what its compiler makes: each launch's PTX, executed by the emulator.
+
+The backend's own launch code runs unchanged, so tile choice, argument specialisation and grid are those of a GPU of
+that architecture. Outputs are poisoned, and every byte of them must be written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
+import triton
+from ptx import emulator
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from rfkernels import backends
+
+# What a launch must write completely. The cache's kernels, which write parts of a tensor, are checked by their results.
+OUTPUTS = {
+    "rotate_kernel": ["OUT"],
+    "forward_kernel": ["OUT", "LSE"],
+    "merge_kernel": ["OUT", "LSE"],
+    "delta_kernel": ["DELTA"],
+    "grad_q_kernel": ["GRAD_Q"],
+    "grad_kv_kernel": ["GRAD_K", "GRAD_V"],
+    "norm_kernel": ["NORMS", "COUNTS"],
+    "grad_kernel": ["GRAD", "SUMS"],
+    "sum_kernel": ["LOSS"],
+}
+
+
+class _Driver:
+    """As much of a driver as a launch asks for before it launches."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_device(self) -> str:
+        return f"emulated sm_{self.arch}"  # compiled kernels are kept by device, and these have no machine code
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def _only_ptx(*arguments):
+    """A hook of Triton's compiler: leaves out the assembler, whose result nothing here would read."""
+    if arguments:
+        arguments[1]["cubin"] = lambda source, metadata: b""
+    return "only PTX", "only PTX"
+
+
+@cache
+def _module(text: str) -> emulator.Module:
+    return emulator.Module(text)
+
+
+@contextlib.contextmanager
+def on_emulator(arch: int) -> Iterator[list[str]]:
+    """Within the block ``use_backend("triton")`` serves CPU tensors; lists the kernels that were launched."""
+    launched: list[str] = []
+    compile_or_launch, knobs = JITFunction.run, triton.knobs.runtime
+    previous = triton.runtime.driver._active, knobs.add_stages_inspection_hook, backends._TABLE["triton"]
+
+    def run(self, *args, grid, warmup, **options):
+        kernel = compile_or_launch(self, *args, grid=grid, warmup=True, **options)
+        given = dict(zip(self.arg_names, args, strict=False)) | options
+        arguments = {name: given[name] for name, kind in kernel.src.signature.items() if kind != "constexpr"}
+        name = self.fn.__name__
+        result = _module(kernel.asm["ptx"]).launch(
+            kernel.metadata.name, grid, (32 * kernel.metadata.num_warps,), arguments, kernel.metadata.shared,
+            seed=len(launched), poison=OUTPUTS.get(name, ()),
+        )  # fmt: skip
+        assert not any(result.unwritten.values()), f"{name} leaves bytes unwritten: {result.unwritten}"
+        launched.append(name)
+        return kernel
+
+    JITFunction.run = run
+    triton.runtime.driver._active = _Driver(arch)
+    knobs.add_stages_inspection_hook = _only_ptx
+    backends._TABLE["triton"] = replace(previous[2], why_not=lambda device: None)
+    try:
+        yield launched
+    finally:
+        JITFunction.run = compile_or_launch
+        triton.runtime.driver._active, knobs.add_stages_inspection_hook, backends._TABLE["triton"] = previous

@@ -1,0 +1,345 @@
+"""The cases that every backend's kernels run, as data, and the functions that run one.
+
+A case says nothing of where it runs: Triton's interpreter, a GPU, or PTX on the emulator. Tiles of a compiled kernel
+are larger than the interpreter's, so there ``case._replace(head_dim=..., size=...)`` makes it straddle them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import oracle
+import torch
+
+import rfkernels as rf
+
+
+def pairwise(options: dict[str, tuple], excluded: Callable[[dict], bool] = lambda row: False) -> list[dict]:
+    """Few rows in which every two values of two options meet, unless ``excluded``; the same rows every time."""
+    draw = random.Random(0)
+
+    def pairs(row: dict) -> set:
+        return set(itertools.combinations(row.items(), 2))
+
+    missing = {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(options, 2)
+        for x, y in itertools.product(options[a], options[b])
+        if not excluded({a: x, b: y})
+    }
+    rows = []
+    while missing:
+        fixed = dict(min(missing, key=str))  # a pair that is still missing: every row is of use
+        drawn = [{name: fixed.get(name, draw.choice(values)) for name, values in options.items()} for _ in range(150)]
+        rows.append(max((row for row in drawn if not excluded(row)), key=lambda row: len(pairs(row) & missing)))
+        missing -= pairs(rows[-1])
+    return rows
+
+
+def rope_of(head_dim: int, pairing: str | None, size: tuple[int, int] | None) -> rf.Rope3D | None:
+    """pairing None: no rope. size None: one axis, every pair turns with the frame."""
+    return None if pairing is None else rf.Rope3D(head_dim, *(size or ()), pairing=pairing)
+
+
+# --- a stream: begin_chunk, write, streaming attention ----------------------------------------------------------------
+
+
+class Life(NamedTuple):
+    """A stream from its first frame until its window has wrapped twice, F frames a chunk; then chunks opened again."""
+
+    sinks: int
+    window: int
+    frames: int
+    alpha: float | tuple[float, ...] = 0.5
+    positions: str = "before_window"
+    head_dim: int = 32
+    group: int = 1
+    pairing: str | None = "interleaved"
+    batch: int = 1  # more than one: of different ages
+    layers: int = 1
+    kv_heads: int = 1
+    size: tuple[int, int] = (2, 3)
+
+    def __str__(self) -> str:
+        shape = f"S{self.sinks}-W{self.window}-F{self.frames}-B{self.batch}-L{self.layers}"
+        heads = f"D{self.head_dim}-H{self.group * self.kv_heads}:{self.kv_heads}"
+        return f"{shape}-{heads}-{self.alpha}-{self.positions}-{self.pairing}"
+
+
+LIVES = [
+    Life(**row)
+    for row in pairwise(
+        {
+            "sinks": (0, 1, 2, 3),
+            "window": (1, 3, 6),
+            "frames": (1, 2, 3, 5),
+            "alpha": (0.0, 0.5, 0.999, 1.0),
+            "positions": ("before_window", "absolute"),
+            "head_dim": (32, 48, 64, 128),
+            "group": (1, 2, 4),
+            "pairing": ("interleaved", "half", None),
+            "batch": (1, 3),
+            "layers": (1, 2),
+        },
+        excluded=lambda row: row.get("frames", 1) > row.get("window", 6),
+    )
+]
+
+
+def chunk_sizes(life: Life) -> list[int]:
+    """Frames of each chunk; the buffer is exactly full after one of them."""
+    sizes, capacity, seen = [], life.sinks + life.window, 0
+    while seen < capacity + 2 * life.window:
+        sizes.append(min(life.frames, capacity - seen) if seen < capacity else life.frames)
+        seen += sizes[-1]
+    return sizes
+
+
+def run_life(backend: str, device: torch.device, dtype: torch.dtype, life: Life, sink_dtype=None) -> oracle.Streams:
+    """Attends while N < S, when N = S, in warm-up, at exactly full, at the first eviction and after the last chunk."""
+    streams = oracle.Streams(
+        backend, device, dtype, rope_of(life.head_dim, life.pairing, life.size), num_layers=life.layers,
+        batch_size=life.batch, num_kv_heads=life.kv_heads, head_dim=life.head_dim,
+        frame_tokens=life.size[0] * life.size[1], sink_frames=life.sinks, window_frames=life.window, alpha=life.alpha,
+        sink_positions=life.positions, sink_dtype=sink_dtype,
+    )  # fmt: skip
+    capacity = life.sinks + life.window
+    for first in range(1, life.batch):  # streams 1, 2, ... start before the others
+        streams.begin(life.frames, samples=range(first, life.batch))
+        every_layer(streams, life, attending=first == 1)
+    seen, reached = 0, set()
+    for size in chunk_sizes(life):
+        seen += size
+        streams.begin(size)
+        stage = tuple((seen > edge) - (seen < edge) for edge in (life.sinks, capacity))
+        every_layer(streams, life, attending=stage not in reached)
+        reached.add(stage)
+    for frames, replace in ((life.frames, life.frames), (life.window, life.window // 2)):
+        streams.begin(frames, replace)
+        every_layer(streams, life, attending=True)
+    streams.compare_cache()
+    return streams
+
+
+def every_layer(streams: oracle.Streams, life: Life, attending: bool) -> None:
+    streams.poison()
+    for layer in range(life.layers):
+        if attending:
+            streams.run_pass(layer, life.group)
+        else:
+            streams.write(layer)
+
+
+# --- chunk attention --------------------------------------------------------------------------------------------------
+
+
+class Chunk(NamedTuple):
+    """The open chunk of streams of the given ages (frames before it was opened), against its frozen past."""
+
+    ages: tuple[int, ...]
+    sinks: int
+    window: int
+    frames: int
+    head_dim: int = 32
+    group: int = 1
+    pairing: str | None = "interleaved"
+    kv_heads: int = 1
+    size: tuple[int, int] = (2, 5)
+
+    def __str__(self) -> str:
+        heads = f"D{self.head_dim}-H{self.group * self.kv_heads}:{self.kv_heads}"
+        return f"N{self.ages}-S{self.sinks}-W{self.window}-F{self.frames}-{heads}-{self.pairing}".replace(" ", "")
+
+
+CHUNKS = [
+    Chunk(**row)
+    for row in pairwise(
+        {
+            "ages": ((0,), (2,), (5, 7), (1, 3, 12)),
+            "sinks": (0, 1, 2, 3),
+            "window": (1, 3, 6),
+            "frames": (1, 2, 3, 5),
+            "head_dim": (32, 48, 64, 128),
+            "group": (1, 2, 4),
+            "pairing": ("interleaved", "half", None),
+        },
+        excluded=lambda row: row.get("frames", 1) > row.get("window", 6),
+    )
+]
+
+
+def run_chunk(backend: str, device: torch.device, dtype: torch.dtype, case: Chunk) -> None:
+    """Output, normaliser and all gradients, through both."""
+    rope = rope_of(case.head_dim, case.pairing, case.size)
+    batch, tokens = len(case.ages), case.size[0] * case.size[1]
+    contexts = []
+    for _, run_dtype in oracle.runs(backend, dtype):
+        torch.manual_seed(0)
+        cache = rf.EMASinkCache(
+            num_layers=1, batch_size=batch, num_kv_heads=case.kv_heads, head_dim=case.head_dim, frame_tokens=tokens,
+            sink_frames=case.sinks, window_frames=case.window, alpha=0.5, rope=rope, dtype=run_dtype, device=device,
+        )  # fmt: skip
+        with rf.use_backend("reference"):
+            for age in range(max(case.ages)):
+                kv = torch.randn(2, batch, tokens, case.kv_heads, case.head_dim, device=device)
+                cache.begin_chunk(1, samples=[b for b in range(batch) if age < case.ages[b]])
+                cache[0].write(*kv.to(dtype).to(run_dtype))
+            cache.begin_chunk(case.frames)
+        contexts.append(cache[0].context())
+    heads = (case.group * case.kv_heads, case.kv_heads, case.kv_heads)
+    qkv = [oracle.uneven(batch, case.frames * tokens, h, case.head_dim, dtype=dtype, device=device) for h in heads]
+    oracle.compare(
+        backend, lambda run, q, k, v: rf.chunk_attention(q, k, v, contexts[run], return_lse=True), qkv, dtype
+    )
+
+
+# --- sink-window attention --------------------------------------------------------------------------------------------
+
+
+class Window(NamedTuple):
+    """Sizes in tokens; with a three-axis rope (``size``) they are whole frames."""
+
+    queries: int
+    keys: int
+    sinks: int
+    window: int
+    chunk: int = 1
+    first: int | None = None
+    own: bool = True
+    pairing: str | None = None
+    size: tuple[int, int] | None = None
+    head_dim: int = 32
+    group: int = 1
+    kv_heads: int = 1
+    batch: int = 1
+
+    def __str__(self) -> str:
+        mask = f"{self.queries}of{self.keys}-S{self.sinks}-W{self.window}-C{self.chunk}-first{self.first}"
+        heads = f"B{self.batch}-D{self.head_dim}-H{self.group * self.kv_heads}:{self.kv_heads}"
+        own = "" if self.own else "-not_own"
+        return f"{mask}{own}-{heads}-{self.pairing}{'' if self.size is None else self.size}".replace(" ", "")
+
+
+def _windows() -> list[Window]:
+    rows = pairwise(
+        {
+            "unit": (1, 6),  # tokens that the counts below are multiples of
+            "queries": (3, 7, 11),  # of 11; in tenths of the keys where the unit is a token
+            "sinks": (0, 1, 4),
+            "window": (1, 3, 20),
+            "chunk": (1, 3),
+            "first": (None, 1, 2),
+            "own": (True, False),
+            "rope": (None, "interleaved", "half"),
+            "head_dim": (32, 48, 64, 128),
+            "group": (1, 2, 4),
+            "batch": (1, 2),
+        }
+    )
+    cases = []
+    for row in rows:
+        unit, pairing = row.pop("unit"), row.pop("rope")
+        scale = unit if unit > 1 else 6
+        first = row.pop("first")
+        row["queries"] *= scale
+        counts = {name: row.pop(name) * unit for name in ("sinks", "window", "chunk")}
+        size = (2, 3) if unit == 6 and pairing else None
+        first = None if first is None else first * unit
+        cases.append(Window(keys=11 * scale, pairing=pairing, size=size, first=first, **counts, **row))
+    return cases
+
+
+WINDOWS = [
+    *_windows(),
+    Window(33, 70, 40, 10, group=4),  # more sinks than window, tiles end inside both
+    Window(66, 66, 0, 100, chunk=7, first=3, head_dim=48),  # everything is in the window
+    Window(90, 90, 18, 18, chunk=18, first=6, pairing="half", size=(2, 3), head_dim=128),
+    Window(1, 50, 4, 12, pairing="half"),  # one token decoded, one axis of rope
+]
+
+
+def run_window(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    case: Window,
+    names: Collection[str] = oracle.COMPARED,
+) -> None:
+    """Output, normaliser and all gradients, through both, or those of ``names``."""
+    rope = rope_of(case.head_dim, case.pairing, case.size)
+    qkv = [
+        oracle.uneven(case.batch, tokens, heads, case.head_dim, dtype=dtype, device=device)
+        for tokens, heads in (
+            (case.queries, case.group * case.kv_heads),
+            (case.keys, case.kv_heads),
+            (case.keys, case.kv_heads),
+        )
+    ]
+    oracle.compare(
+        backend,
+        lambda _, q, k, v: rf.sink_window_attention(
+            q, k, v, sink_tokens=case.sinks, window_tokens=case.window, chunk_tokens=case.chunk,
+            first_chunk_tokens=case.first, own_chunk=case.own, rope=rope, return_lse=True,
+        ),
+        qkv, dtype, names,
+    )  # fmt: skip
+
+
+# --- Re-DMD loss ------------------------------------------------------------------------------------------------------
+
+
+class Loss(NamedTuple):
+    mask: str | None  # "frames", "elements", "nothing" selected
+    real: bool  # guidance of the real score
+    fake: bool  # of the fake score
+    shape: tuple[int, ...] = (2, 3, 4, 5, 111)
+    contiguous: bool = True
+
+    def __str__(self) -> str:
+        guidance = f"{'real' if self.real else ''}{'fake' if self.fake else ''}" or "plain"
+        return f"{self.mask}-{guidance}-{self.shape}{'' if self.contiguous else '-strided'}".replace(" ", "")
+
+
+LOSSES = [
+    Loss(**row)
+    for row in pairwise(
+        {
+            "mask": (None, "frames", "elements", "nothing"),
+            "real": (False, True),
+            "fake": (False, True),
+            "shape": ((2, 3, 4, 5, 111), (3, 5), (1, 2, 4097)),
+            "contiguous": (True, False),
+        }
+    )
+]
+
+
+def run_loss(backend: str, device: torch.device, dtype: torch.dtype, case: Loss) -> None:
+    """Loss and gradient, with entries of the fake score that are not finite."""
+    latents = [torch.randn(case.shape).to(device, dtype) for _ in range(5)]
+    if not case.contiguous:
+        latents = [x.transpose(1, -1).contiguous().transpose(1, -1) for x in latents]
+    x, fake, real, real_uncond, fake_uncond = latents
+    fake[(0,) * (fake.dim() - 1)][:3] = torch.tensor([float("nan"), float("inf"), -float("inf")]).to(x)
+    weight = torch.rand(case.shape[0], device=device)
+    mask = {
+        None: lambda: None,
+        "frames": lambda: torch.rand(*case.shape[:2], *(1,) * (len(case.shape) - 2), device=device) > 0.5,
+        "elements": lambda: torch.rand(case.shape, device=device) > 0.5,
+        "nothing": lambda: torch.zeros(case.shape, dtype=torch.bool, device=device),
+    }[case.mask]()
+    results = []
+    for name, run_dtype in oracle.runs(backend, dtype):
+        leaf = x.to(run_dtype).detach().requires_grad_()
+        with rf.use_backend(name):
+            loss = rf.losses.redmd.redmd_loss(
+                leaf, fake.to(run_dtype), real.to(run_dtype), real_uncond.to(run_dtype) if case.real else None, weight,
+                guidance_scale=2.0, fake_uncond=fake_uncond.to(run_dtype) if case.fake else None,
+                fake_guidance_scale=1.5, mask=mask,
+            )  # fmt: skip
+        results.append([loss, torch.autograd.grad(3 * loss, leaf)[0]])
+    for name, *triple in zip(("loss", "grad"), *results, strict=True):
+        oracle.check(name, *triple, torch.float32 if name == "loss" else dtype)

@@ -1,0 +1,92 @@
+"""Triton's kernels as compiled for sm_80 and sm_90, executed by the PTX emulator with its checkers."""
+
+from __future__ import annotations
+
+import re
+
+import grid
+import pytest
+import torch
+from grid import Chunk, Life, Loss, Window
+from oracle import Streams
+from ptx import emulator
+
+from rfkernels import Rope3D
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(emulator.unavailable() is not None, reason=str(emulator.unavailable()))
+
+CPU = torch.device("cpu")
+WAIT = re.compile(r"cp\.async\.wait_group")
+CASES = {
+    # 77 tokens a frame: tiles of 128 queries and of 64 or 128 keys end inside frames.
+    "life": [
+        (Life(1, 2, 2, 0.5, head_dim=128, group=2, size=(7, 11)), torch.bfloat16),
+        (Life(2, 1, 1, 0.999, "absolute", head_dim=64, kv_heads=2, pairing="half", batch=3, layers=2), torch.float16),
+    ],
+    "chunk": [(Chunk((1, 4), 1, 2, 2, head_dim=128, group=2, size=(7, 11)), torch.bfloat16)],
+    "window": [
+        (Window(150, 200, 10, 70, chunk=1, head_dim=128, group=2), torch.bfloat16),
+        (Window(154, 231, 77, 77, chunk=77, pairing="half", size=(7, 11), head_dim=64), torch.float16),
+        (Window(140, 140, 70, 35, 35, own=False, pairing="interleaved", size=(5, 7), head_dim=48), torch.bfloat16),
+    ],
+    "loss": [
+        (Loss("elements", True, True, (2, 3, 4111)), torch.bfloat16),
+        (Loss(None, False, False, (1, 5000), contiguous=False), torch.float16),
+    ],
+}
+EXPECTED = {
+    "life": {"write_kernel", "begin_chunk_kernel", "forward_kernel"},
+    "chunk": {"rotate_kernel", "forward_kernel", "delta_kernel", "grad_q_kernel", "grad_kv_kernel"},
+    "window": {"forward_kernel", "delta_kernel", "grad_q_kernel", "grad_kv_kernel"},
+    "loss": {"norm_kernel", "grad_kernel", "sum_kernel"},
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    "kind, case, dtype",
+    [
+        pytest.param(kind, case, dtype, id=f"{kind}-{case}-{str(dtype).split('.')[1]}")
+        for kind, cases in CASES.items()
+        for case, dtype in cases
+    ],
+)
+def test_on_the_emulator(kind, case, dtype, arch):
+    from emulated import on_emulator
+
+    with on_emulator(arch) as launched:
+        getattr(grid, f"run_{kind}")("triton", CPU, dtype, case)
+    assert EXPECTED[kind] <= set(launched)
+
+
+def test_split_keys_are_merged_on_the_emulator():
+    """Few query tiles, many keys: shares of the keys, joined by their normalisers."""
+    from emulated import on_emulator
+
+    with on_emulator(80) as launched:
+        streams = Streams(
+            "triton", CPU, torch.bfloat16, Rope3D(128, 7, 11), num_layers=1, batch_size=1, num_kv_heads=1,
+            frame_tokens=77, sink_frames=1, window_frames=4,
+        )  # fmt: skip
+        for _ in range(5):
+            streams.begin(1)
+            streams.write()
+        streams.run_pass()
+    assert launched[-2:] == ["forward_kernel", "merge_kernel"]
+
+
+@pytest.mark.parametrize("lost", ["barrier", "wait"])
+def test_a_planted_defect_is_caught(lost, monkeypatch):
+    """One barrier, or the waits for asynchronous copies, missing from the forward kernel's PTX."""
+    import emulated
+
+    def defective(text):
+        if "forward_kernel" in text:
+            text = text.replace("bar.sync", "// bar.sync") if lost == "barrier" else WAIT.sub("// ", text)
+        return emulator.Module(text)
+
+    monkeypatch.setattr(emulated, "_module", defective)
+    with emulated.on_emulator(80), pytest.raises(emulator.PTXError) as caught:
+        grid.run_chunk("triton", CPU, torch.bfloat16, CASES["chunk"][0][0])
+    assert caught.value.kind in ("shared-hazard", "in-flight", "uninitialised")
