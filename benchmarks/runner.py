@@ -79,7 +79,7 @@ def matches(expression: str, name: str) -> bool:
     python = [word if word in ("and", "or", "not", "(", ")") else str(word in name) for word in words]
     try:
         return bool(eval(" ".join(python), {"__builtins__": {}}))
-    except SyntaxError:
+    except (SyntaxError, TypeError):  # the latter: two words without anything between, the second in parentheses
         raise ValueError(f"-k {expression!r} cannot be read: words with and, or, not and parentheses") from None
 
 
@@ -96,12 +96,15 @@ def measure(
     """The rows of one operation on one case: a row for each contender, those that are not timed with the reason."""
     name = label(operation, case)
     progress(f"{name}: inputs and the exact result")
+    common = {"operation": operation, "case": case.name, "dtype": name.rsplit("/", 1)[1]}
+    if operation in ("begin_chunk", "pass", "chunk"):
+        common["layers"] = case.layers
     with torch.no_grad():
-        bench = OPERATIONS[operation][1](case, options)
-        common = {"operation": operation, "case": case.name, "dtype": name.rsplit("/", 1)[1]}
+        try:
+            bench = OPERATIONS[operation][1](case, options)
+        except torch.OutOfMemoryError:  # the exact result of a long sequence may need more than a device has
+            return [{**common, "contender": "all", "skipped": "not enough memory for the exact result"}]
         common |= {"flops": bench.work.flops, "bytes": bench.work.bytes}
-        if operation in ("begin_chunk", "pass", "chunk"):
-            common["layers"] = case.layers
         rows = [{**common, "contender": who, "skipped": why} for who, why in bench.skipped.items()]
         right, spent = {}, {}
         for who, contender in bench.contenders.items():
