@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -104,8 +105,10 @@ def show_stream(console: Console, run: dict) -> None:
 
 
 def show_skipped(console: Console, rows: list[dict]) -> None:
-    """Each missing contender once."""
-    reasons = {row["contender"]: row["skipped"] for row in rows if "skipped" in row and "gate" not in row}
+    """Each contender that is in no row, once."""
+    there = {row["contender"] for row in rows if "seconds" in row}
+    missing = [row for row in rows if "skipped" in row and "gate" not in row and row["contender"] not in there]
+    reasons = {row["contender"]: row["skipped"] for row in missing}
     if reasons:
         console.print("Not here:", highlight=False)
         for who, why in reasons.items():
@@ -185,3 +188,31 @@ def show_comparison(console: Console, a: dict, b: dict) -> None:
     console.print(made)
     counts = [f"{sum(row['change'] == kind for row in rows)} {kind}" for kind in ("slower", "faster", "same")]
     console.print(", ".join(counts), highlight=False)
+
+
+def markdown(run: dict) -> str:
+    """The rows of a run as a table of ratios: the best backend of ours to SDPA, and every other contender to it."""
+    groups: dict[tuple, dict[str, dict]] = {}
+    for row in run["rows"]:
+        if "seconds" in row:
+            groups.setdefault((row["operation"], row["case"], row["dtype"]), {})[row["contender"]] = row
+    lines = [f"| row | ours / {FLOOR} | others / ours | ours | % of floor |", "|---|---|---|---|---|"]
+    for key, found in groups.items():
+        ours = [who for who in found if who.startswith(OURS)]
+        if not ours:
+            continue
+        best = min(ours, key=lambda who, found=found: found[who]["seconds"]["median"])
+        row = found[best]
+        peers = [
+            f"{who} {spread(other['ratios'][best])}"
+            for who, other in found.items()
+            if who not in (best, FLOOR, OURS + "reference")
+        ]
+        floor = spread(row["ratios"][FLOOR]) if FLOOR in found else ""
+        cells = ["/".join(key), floor, "; ".join(peers), seconds(row["seconds"]["median"]), f"{row['percent']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(load(sys.argv[1])))
