@@ -8,7 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -107,6 +107,9 @@ reason = why_python_only()
 if reason:
     print(f"rfkernels: Python-only build: {reason}", file=sys.stderr)
 setup(
+    # A wheel carries benchmarks/ within the package, for python -m rfkernels bench; its modules import relatively.
+    packages=[*find_packages(include=["rfkernels*"]), "rfkernels.benchmarks"],
+    package_dir={"rfkernels.benchmarks": "benchmarks"},
     ext_modules=[] if reason else [Extension("rfkernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -188,8 +188,6 @@ CASES: dict[str, Case] = {
         Latent("clip-latent-mask", masked=True),
     )
 }
-# A CPU takes minutes for the others; they run when -k names them.
-ON_CPU = ("half", "quarter", "clip-quarter", "clip-quarter-rope", "llm-1k", "clip-latent", "clip-latent-mask")
 CPU_LAYERS = 2
 
 

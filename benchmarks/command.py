@@ -90,9 +90,13 @@ def _run(args: argparse.Namespace) -> int:
         found["ceilings"] = ceilings(device, timer)
     report.show_ceilings(console, found["ceilings"])
     if device.type == "cpu" and args.k is None:
-        console.print("Cases that fit a CPU, with fewer layers than a model has; -k runs any.", highlight=False)
-    options = Options(device, compiled=not (args.quick or args.no_compile))
+        console.print(
+            "Rows that two cores have time for, with fewer layers than a model has; -k runs any.", highlight=False
+        )
     for i, (operation, case) in enumerate(chosen):
+        name = runner.label(operation, case)
+        all_rows = args.k is not None or device.type == "cuda" or name in runner.COMPILED
+        options = Options(device, compiled=all_rows and not (args.quick or args.no_compile))
         with console.status("") as status:
             rows = runner.measure(
                 operation, case, options, timer, found["ceilings"], args.seconds or (1.0 if args.quick else 2.0),

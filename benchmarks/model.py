@@ -21,7 +21,7 @@ from rfkernels.models.config import PRESETS, CausalWanConfig
 
 from .timing import Timer, no_collections, stats
 
-SIZES = {"tiny": (32, 32), "wan2.1-t2v-1.3b": (60, 104), "wan2.1-t2v-14b": (60, 104)}  # of a latent frame
+SIZES = {"tiny": (16, 16), "wan2.1-t2v-1.3b": (60, 104), "wan2.1-t2v-14b": (60, 104)}  # of a latent frame
 PASSES = ("pass 1", "pass 2", "pass 3", "pass 4", "context pass")
 DECODE = "decoding"
 

@@ -85,7 +85,7 @@ def _competitors(options, q, k, v, visible, skipped, repeat: int = 1) -> dict[st
     for row in competitors.TABLE:
         why_not = row.why_not(options.device, q.dtype, visible is not None)
         if why_not is None and row.compiles and not options.compiled:
-            why_not = "compiles for many seconds: not in a quick run"
+            why_not = "compiles for many seconds: in few rows, or where -k asks for it"
         if why_not is not None:
             skipped[row.name] = why_not
             continue

@@ -51,6 +51,9 @@ def show_rows(console: Console, rows: list[dict]) -> None:
     """The rows of one operation on one case. Ratios are those of the row to the best of ours, round by round."""
     timed = [row for row in rows if "seconds" in row]
     first = rows[0]
+    if "flops" not in first:
+        console.print(f"{first['operation']}/{first['case']}/{first['dtype']}: {first['skipped']}", highlight=False)
+        return
     layers = f", {first['layers']} layers" if "layers" in first else ""
     work = f"{first['flops'] / 1e9:.3g} GFLOP, {first['bytes'] / 1e6:.3g} MB at least"
     title = f"{first['operation']}/{first['case']}/{first['dtype']}{layers}: {work}"

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from .cases import CASES, ON_CPU, Case, Latent, on_cpu
+from .cases import CASES, Case, Latent, on_cpu
 from .environment import floor_seconds
 from .gate import wrong
 from .operations import OPERATIONS, Options
@@ -19,13 +19,19 @@ TOO_SLOW = 10  # times the fastest: not worth the time of a whole row
 
 Selection = tuple[str, Case]
 
-# What a quick run on a CPU does: every operation that has a result in milliseconds.
+# What two CPU cores have time for, by name: the default, and --quick.
+ON_CPU = (
+    "begin_chunk/half/float32", "begin_chunk/half/bfloat16", "begin_chunk/quarter/float32", "write/half/float32",
+    "attention/half/float32", "attention/half/bfloat16", "attention/quarter/float32", "attention/quarter/bfloat16",
+    "pass/quarter/float32", "chunk/half/bfloat16", "chunk/quarter/float32", "chunk/quarter/bfloat16",
+    "chunk_attention/quarter/float32", "chunk_attention_training/quarter/float32", "sequence/clip-quarter/float32",
+    "sequence/llm-1k/float32", "sequence_training/clip-quarter/float32", "redmd/clip-latent/float32",
+    "redmd/clip-latent-mask/float32",
+)  # fmt: skip
 QUICK = (
     "begin_chunk/quarter/float32", "attention/quarter/float32", "chunk/quarter/float32", "redmd/clip-latent/float32",
 )  # fmt: skip
-# Both precisions where the CPU has a kernel for each; one where it only takes longer.
-ON_CPU_DTYPES = (torch.float32, torch.bfloat16)
-_ONE_DTYPE = ("write", "pass", "chunk_attention", "chunk_attention_training", "sequence", "sequence_training")
+COMPILED = ("attention/quarter/float32", "sequence/clip-quarter/float32")  # rows with what compiles for many seconds
 
 
 def label(operation: str, case: Case) -> str:
@@ -45,16 +51,15 @@ def select(device: torch.device, expression: str | None = None, quick: bool = Fa
             if not isinstance(case, kind):
                 continue
             case = on_cpu(case) if on_a_cpu else case
-            dtypes = (case.dtype,) if isinstance(case, Latent) or not on_a_cpu else ON_CPU_DTYPES
+            both = on_a_cpu and not isinstance(case, Latent)
+            dtypes = (torch.float32, torch.bfloat16) if both else (case.dtype,)
             for dtype in dtypes:
                 one = replace(case, dtype=dtype)
                 name = label(operation, one)
                 if expression is not None:
                     keep = matches(expression, name)
-                elif quick and on_a_cpu:
-                    keep = name in QUICK
                 elif on_a_cpu:
-                    keep = case.name in ON_CPU and (dtype == dtypes[0] or operation not in _ONE_DTYPE)
+                    keep = name in (QUICK if quick else ON_CPU)
                 else:
                     keep = not quick or case.name in ("paper", "clip-latent")
                 if keep:
@@ -74,7 +79,7 @@ def matches(expression: str, name: str) -> bool:
     python = [word if word in ("and", "or", "not", "(", ")") else str(word in name) for word in words]
     try:
         return bool(eval(" ".join(python), {"__builtins__": {}}))
-    except SyntaxError:
+    except (SyntaxError, TypeError):  # the latter: two words without anything between, the second in parentheses
         raise ValueError(f"-k {expression!r} cannot be read: words with and, or, not and parentheses") from None
 
 
@@ -91,12 +96,15 @@ def measure(
     """The rows of one operation on one case: a row for each contender, those that are not timed with the reason."""
     name = label(operation, case)
     progress(f"{name}: inputs and the exact result")
+    common = {"operation": operation, "case": case.name, "dtype": name.rsplit("/", 1)[1]}
+    if operation in ("begin_chunk", "pass", "chunk"):
+        common["layers"] = case.layers
     with torch.no_grad():
-        bench = OPERATIONS[operation][1](case, options)
-        common = {"operation": operation, "case": case.name, "dtype": name.rsplit("/", 1)[1]}
+        try:
+            bench = OPERATIONS[operation][1](case, options)
+        except torch.OutOfMemoryError:  # the exact result of a long sequence may need more than a device has
+            return [{**common, "contender": "all", "skipped": "not enough memory for the exact result"}]
         common |= {"flops": bench.work.flops, "bytes": bench.work.bytes}
-        if operation in ("begin_chunk", "pass", "chunk"):
-            common["layers"] = case.layers
         rows = [{**common, "contender": who, "skipped": why} for who, why in bench.skipped.items()]
         right, spent = {}, {}
         for who, contender in bench.contenders.items():

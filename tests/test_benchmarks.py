@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import bounds, cases, counter, gate, model, operations, report, runner, timing
 from benchmarks.cases import CASES, Latent, Sequence, Stream
@@ -356,6 +357,9 @@ def test_expressions(expression, keeps):
     [
         (["-k", "nothing-like-it"], "chooses nothing"),
         (["-k", "and and"], "cannot be read"),
+        (["-k", "paper (half)"], "cannot be read"),
+        (["e2e", "--preset", "huge"], "--preset must be one of"),
+        (["e2e", "--chunks", "0"], "--chunks must be at least 1"),
         (["--seconds", "0"], "--seconds must be positive"),
         (["--threads", "0"], "--threads must be at least 1"),
         (["--compare", "missing.json", "missing.json"], "missing.json cannot be read"),
@@ -372,6 +376,16 @@ def test_a_json_of_something_else_is_refused(tmp_path):
     path.write_text(json.dumps({"rows": []}))
     with pytest.raises(ValueError, match="not a run saved by bench"):
         report.load(path)
+
+
+def test_a_case_too_large_for_the_memory_is_said_and_passed_over(monkeypatch, capsys):
+    def too_large(case, options):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setitem(operations.OPERATIONS, "planted", (Stream, too_large))
+    rows = runner.measure("planted", TINY, Options(CPU), FakeClock(1.0), CEILINGS, 1.0)
+    report.show_rows(Console(), rows)
+    assert "planted/tiny/float32: not enough memory" in capsys.readouterr().out
 
 
 def test_a_run_end_to_end(monkeypatch, tmp_path, capsys):
@@ -397,8 +411,8 @@ def test_a_run_end_to_end(monkeypatch, tmp_path, capsys):
 
 
 def test_the_default_choice_for_a_cpu_and_the_quick_one():
-    names = [runner.label(*one) for one in runner.select(CPU)]
-    assert set(runner.QUICK) <= set(names) and not any("/paper/" in name for name in names)
+    names = {runner.label(*one) for one in runner.select(CPU)}
+    assert names == set(runner.ON_CPU) and set(runner.QUICK) <= names and set(runner.COMPILED) <= names
     assert [runner.label(*one) for one in runner.select(CPU, quick=True)] == list(runner.QUICK)
     assert all(
         not hasattr(case, "layers") or case.layers <= cases.CPU_LAYERS for _, case in runner.select(CPU, "paper")
