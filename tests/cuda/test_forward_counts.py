@@ -34,13 +34,19 @@ def test_tensor_operations(counts):
     assert counts.tensor_operations == 2 * 2 * QUERIES * KEYS * HEAD_DIM == 67108864
 
 
+def main_loop(counts) -> list:
+    """Rows of the PTX from the first wait for copies, the loop's first step, to the last product, its last one."""
+    begin = min(row[2] for row in counts.instructions if row[0].startswith("cp.async.wait_group"))
+    end = max(row[2] for row in counts.instructions if row[0].startswith("mma."))
+    return [row for row in counts.instructions if begin <= row[2] <= end]
+
+
 def test_no_bank_conflicts_in_the_main_loop(counts):
-    """The loop's blocks run more than once a warp. It has every ldmatrix, and no conflict."""
-    warps = QUERIES // 32
-    loop = [row for row in counts.instructions if row[4] > 2 * warps]
-    products = [row for row in loop if row[0].startswith("mma.")]
-    assert sum(row[4] for row in products) == counts.tensor_operations // (2 * 16 * 8 * 16)
-    assert any(row[0].startswith("ldmatrix") for row in loop)
+    """The copies, every ldmatrix, and what the loop keeps in shared memory; q's tile is filled and emptied outside."""
+    loop = main_loop(counts)
+    turns = QUERIES // 32 * KEYS // TILE_KEYS  # of the loop, all warps
+    assert {row[4] for row in loop if row[0].startswith(("mma.", "ldmatrix"))} == {turns}
+    assert sum(row[4] for row in loop if row[0].startswith("cp.async.cg")) == (turns - 4) * 8 + turns * 8
     assert sum(row[6] for row in loop) == 0
 
 
