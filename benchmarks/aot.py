@@ -43,6 +43,13 @@ class _Driver:
         return GPUTarget("cuda", self.arch, 32)
 
 
+def ctas_per_sm(arch: int, registers: int, warps: int, shared: int) -> tuple[int, int, int]:
+    """Blocks of an SM by its registers, its shared memory and its threads."""
+    allocated = -(-registers // 8) * 8 * 32 * warps  # per warp, in units of 256
+    shared += 1024  # the system's own
+    return 65536 // allocated, SHARED_SM[arch] // shared, THREADS_SM[arch] // (32 * warps)
+
+
 @dataclass
 class Compiled:
     """One launch: the kernel's name, its constexprs, and what the assembler made of it."""
@@ -61,9 +68,7 @@ class Compiled:
 
     @property
     def ctas_per_sm(self) -> int:
-        registers = -(-self.registers // 8) * 8 * 32 * self.warps  # allocated per warp, in units of 256
-        shared = self.shared + 1024  # the system's own
-        return min(65536 // registers, SHARED_SM[self.arch] // shared, THREADS_SM[self.arch] // (32 * self.warps), 32)
+        return min(*ctas_per_sm(self.arch, self.registers, self.warps, self.shared), 32)
 
 
 def _tool(name: str, cubin: bytes, *arguments: str) -> str:

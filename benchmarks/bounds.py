@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from rfkernels.models.config import PRESETS
 from .cases import CASES, Work
 
 BASELINE = Path(__file__).parent / "static_baseline.json"
+CUDA_BASELINE = Path(__file__).parent / "cuda_baseline.json"
 README = Path(__file__).parent / "README.md"
 
 ISSUE = 4  # warp instructions a clock: one by each of an SM's four schedulers
@@ -54,6 +56,19 @@ GPUS = {
 }
 
 
+# Its report has no instruction mix. 558 instructions beside the products for 64 scores of a thread (docs/cuda.md), an
+# exponential each; 32 queries of a warp make 2 * 2 * (64 / 8) * (128 / 16) products m16n8k16.
+COUNTED_BY_HAND = [
+    (
+        80,
+        {
+            "case": "CUDA", "kernel": "rf_attention_forward_bf16_d128", "tile": [128, 64], "warps": 4,
+            "loop": {"tensor": 256, "memory": 0, "special": 64, "barrier": 0, "other": 494, "per_score": 558 / 64},
+        },
+    )
+]  # fmt: skip
+
+
 def loop_bounds(row: dict, gpu: Gpu, head_dim: int = 128, itemsize: int = 2) -> dict[str, float]:
     """Clocks of an SM per 1000 scores, by unit, for a row of the static report with an instruction mix."""
     loop, block_m = row["loop"], row["tile"][0]
@@ -74,19 +89,39 @@ def attention_table() -> list[str]:
         "| kernel | GPU | tile | tensor | issue | special | shared | bound by | of tensor peak | without overlap |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for toolchain, rows in json.loads(BASELINE.read_text()).items():
-        gpu = GPUS[int(toolchain.rsplit("sm_", 1)[1].rstrip("a"))]
-        for row in rows:
-            if "loop" not in row or row["loop"] is None or row["case"].startswith("anchor"):
-                continue
-            clocks = loop_bounds(row, gpu)
-            worst = max(clocks, key=clocks.get)
-            cells = " | ".join(f"{value:.0f}" for value in clocks.values())
-            tile = " x ".join(map(str, row["tile"]))
-            tensor, rest = clocks["tensor"], max(clocks["issue"], clocks["special"])
-            shares = f"{100 * tensor / clocks[worst]:.0f} % | {100 * tensor / (tensor + rest):.0f} %"
-            lines.append(f"| {row['case']}: {row['kernel']} | {gpu.name} | {tile} | {cells} | {worst} | {shares} |")
+    for arch, row in [*_baseline(BASELINE), *COUNTED_BY_HAND]:
+        if row.get("loop") is None or row["case"].startswith("anchor"):
+            continue
+        gpu = GPUS[arch]
+        clocks = loop_bounds(row, gpu)
+        worst = max(clocks, key=clocks.get)
+        cells = " | ".join(f"{value:.0f}" for value in clocks.values())
+        tile = " x ".join(map(str, row["tile"]))
+        tensor, rest = clocks["tensor"], max(clocks["issue"], clocks["special"])
+        shares = f"{100 * tensor / clocks[worst]:.0f} % | {100 * tensor / (tensor + rest):.0f} %"
+        lines.append(f"| {row['case']}: {row['kernel']} | {gpu.name} | {tile} | {cells} | {worst} | {shares} |")
     return lines
+
+
+def _baseline(path: Path) -> Iterator[tuple[int, dict]]:
+    """(architecture, row) of every toolchain in a baseline."""
+    for toolchain, rows in json.loads(path.read_text()).items():
+        for row in rows:
+            yield int(toolchain.rsplit("sm_", 1)[1].rstrip("a")), row
+
+
+def static_table() -> list[str]:
+    """What the assembler made of each kernel: registers, CTAs that an SM holds, bytes of stack where there are any."""
+    found: dict[str, dict[int, str]] = {}
+    for path in (BASELINE, CUDA_BASELINE):
+        for arch, row in _baseline(path):
+            name = row["kernel"] if path == CUDA_BASELINE else f"{row['case']}: {row['kernel']}"
+            other = re.search(r"_fp16|_fp32|_d(?!128)\d+", row["kernel"]) or row.get("case", "").startswith("anchor")
+            if not other:
+                stack = f", {row['stack']} B stack" if row["stack"] else ""
+                found.setdefault(name, {})[arch] = f"{row['registers']}, {row['ctas_per_sm']}{stack}"
+    lines = ["| kernel | " + " | ".join(f"sm_{arch}" for arch in GPUS) + " |", "|---|" + "---|" * len(GPUS)]
+    return lines + [f"| {name} | " + " | ".join(row.get(a, "") for a in GPUS) + " |" for name, row in found.items()]
 
 
 def memory_table() -> list[str]:
@@ -161,7 +196,7 @@ def budget_table() -> list[str]:
     return lines
 
 
-SECTIONS = {"loops": attention_table, "memory": memory_table, "budget": budget_table}
+SECTIONS = {"static": static_table, "loops": attention_table, "memory": memory_table, "budget": budget_table}
 
 
 def marked(name: str, text: str) -> str:

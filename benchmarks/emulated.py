@@ -77,15 +77,12 @@ def markdown(archs: tuple[int, ...] = (80, 90)) -> str:
             least, kinds = rows.pop("least"), ("launches", "loaded", "stored", "conflicts")
             moved = sum(row["loaded"] + row["stored"] for row in rows.values())
             instructions = sum(n for row in rows.values() for kind, n in row.items() if kind not in kinds)
-            units = ", ".join(f"{sum(row.get(kind, 0) for row in rows.values())}" for kind in ("tensor", "special"))
-            names = ", ".join(
-                name if row["launches"] == 1 else f"{row['launches']} x {name}" for name, row in rows.items()
+            tensor, special, conflicts = (
+                sum(row.get(kind, 0) for row in rows.values()) for kind in ("tensor", "special", "conflicts")
             )
-            conflicts = sum(row["conflicts"] for row in rows.values())
-            lines.append(
-                f"| {operation} | {arch} | {names} | {instructions} | {units} | {moved / 1e6:.2f} | {moved / least:.2f} | "
-                f"{conflicts} |"
-            )
+            cells = [operation, arch, ", ".join(rows), instructions, f"{tensor}, {special}", f"{moved / 1e6:.2f}"]
+            cells += [f"{moved / least:.2f}", conflicts]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 

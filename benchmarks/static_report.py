@@ -181,6 +181,35 @@ def faults(kernel: Compiled) -> str | None:
     return None
 
 
+def merge(baseline: Path, reports: dict[str, list[dict]], by: str | None = None) -> None:
+    """Writes reports into the baseline; other toolchains' rows stay, with ``by`` also other values of that field."""
+    kept = json.loads(baseline.read_text()) if baseline.exists() else {}
+    for key, rows in reports.items():
+        fresh = {row[by] for row in rows} if by else set()
+        old = [row for row in kept.get(key, []) if row[by] not in fresh] if by else []
+        kept[key] = sorted(old + rows, key=lambda row: row[by]) if by else rows
+    lines = (
+        f" {json.dumps(key)}: [\n" + ",\n".join("  " + json.dumps(r) for r in rows) + "\n ]"
+        for key, rows in kept.items()
+    )
+    baseline.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def compare(baseline: Path, reports: dict[str, list[dict]], by: str | None = None) -> bool:
+    """Whether the reports are those of the baseline; with ``by`` only the rows that they have are compared."""
+    known, same = json.loads(baseline.read_text()), True
+    for key, rows in reports.items():
+        if key not in known:
+            print(f"no baseline for {key}: not compared")
+            continue
+        fresh = {row[by] for row in rows} if by else set()
+        expected = [row for row in known[key] if row[by] in fresh] if by else known[key]
+        if expected != (sorted(rows, key=lambda row: row[by]) if by else rows):
+            print(f"differs from the baseline: {key}")
+            same = False
+    return same
+
+
 def survey(archs: list[int]) -> bool:
     """Every kernel at every dtype and SURVEYED head size: lists those with faults, and says whether there are none."""
     clean = True
@@ -209,21 +238,8 @@ def main() -> int:
         print(toolchain(arch), "bfloat16, head_dim 128")
         show(reports[toolchain(arch)])
     if arguments.write:
-        kept = json.loads(BASELINE.read_text()) | reports  # other toolchains' and architectures' rows stay
-        lines = (
-            f" {json.dumps(key)}: [\n" + ",\n".join("  " + json.dumps(r) for r in rows) + "\n ]"
-            for key, rows in kept.items()
-        )
-        BASELINE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    if arguments.check:
-        baseline = json.loads(BASELINE.read_text())
-        for key, rows in reports.items():
-            if key not in baseline:
-                print(f"no baseline for {key}: not compared")
-            elif baseline[key] != rows:
-                print(f"differs from the baseline: {key}")
-                return 1
-    return 0
+        merge(BASELINE, reports)
+    return 0 if not arguments.check or compare(BASELINE, reports) else 1
 
 
 if __name__ == "__main__":

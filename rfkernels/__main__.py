@@ -16,12 +16,11 @@ from rfkernels import demo, generate, native
 from rfkernels.tiny import command as train
 
 
-def _nvcc() -> str:
+def find_nvcc() -> str | None:
     """nvcc on PATH or from pip, for building; the kernels themselves need none."""
     spec = importlib.util.find_spec("nvidia")
     roots = [] if spec is None else spec.submodule_search_locations or []
-    found = shutil.which("nvcc") or next((str(p) for root in roots for p in Path(root).glob("cu*/bin/nvcc")), None)
-    return found or "none found"
+    return shutil.which("nvcc") or next((str(p) for root in roots for p in Path(root).glob("cu*/bin/nvcc")), None)
 
 
 def info(args: argparse.Namespace) -> int:
@@ -31,7 +30,7 @@ def info(args: argparse.Namespace) -> int:
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'})",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
         "triton": "installed" if importlib.util.find_spec("triton") else "not installed",
-        "nvcc": _nvcc(),
+        "nvcc": find_nvcc() or "none found",
     }
     if native.missing is None:
         from rfkernels import _C

@@ -122,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # on operations this small threads mostly wait for each other
     begin = time.perf_counter()
     conditions = [clips.Condition.named(*names) for names in CONDITIONS]
     backend = backends.resolve(device, model.dtype, model.config.head_dim)

@@ -56,11 +56,14 @@ def forward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str) -
         if use == "window" and arch != 90:
             return Tile(128, 32, 8, 2)  # row bounds and two images of the queries: 64 keys spill
         return Tile(128, 64, 8, 2)
-    return Tile(64, 64, 8, 2) if arch in (90, 100) else Tile(64, 32, 8, 2)
+    if arch in (90, 100):
+        return Tile(64, 64, 8, 2)
+    return Tile(32, 32, 8, 2) if use == "window" else Tile(64, 32, 8, 2)  # row bounds: 64 rows spill
 
 
-def backward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str, of: str) -> Tile:
+def backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str, of: str) -> Tile:
     """For the backward kernel of "queries" or of "keys"; the largest tiles that do not spill."""
+    block_d = triton.next_power_of_2(head_dim)
     if arch is None:
         return Tile(32, 32, 4, 1)
     if dtype == torch.float32:
@@ -72,7 +75,9 @@ def backward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str, 
             if arch in (100, 120):
                 return Tile(32, 64, 4, 2) if use == "chunk" and arch == 100 else Tile(32, 64, 8, 2)
             return Tile(64, 64, 8, 2) if arch == 80 else Tile(64, 32, 8, 2)
-        return Tile(32, 64, 8, 2) if arch in (100, 120) else Tile(64, 64, 8, 2)
+        if arch in (100, 120) or (arch == 80 and head_dim < block_d):  # masks of the padding: 64 rows spill
+            return Tile(32, 64, 8, 2)
+        return Tile(64, 64, 8, 2)
     return Tile(32, 32, 8, 1)
 
 

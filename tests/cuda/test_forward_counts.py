@@ -1,0 +1,87 @@
+"""What the attention forward executes at head_dim 128 in bfloat16, counted by the emulator; defects that it finds."""
+
+import re
+
+import pytest
+import torch
+from ptx import emulator
+
+from cuda.conftest import cuda_ptx
+from cuda.launch import forward
+
+NAME, QUERIES, KEYS, HEAD_DIM, TILE_KEYS = "forward/bf16_d128", 128, 1024, 128, 64
+
+
+def launch(cuda_module, keys: int = KEYS, **options):
+    """One block of queries over the full prefix, every tile seen by every row."""
+    q = torch.randn(1, QUERIES, 1, HEAD_DIM).bfloat16()
+    k, v = (torch.randn(1, keys, 1, HEAD_DIM).bfloat16() for _ in range(2))
+    frames = keys // QUERIES
+    return forward(
+        cuda_module, q, k, v, num_frames=torch.tensor([frames]), frame_tokens=QUERIES, capacity=frames,
+        scale=HEAD_DIM**-0.5, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def counts(cuda_module):
+    torch.manual_seed(0)
+    return launch(cuda_module)[2]
+
+
+def test_tensor_operations(counts):
+    """A multiplication and an addition for each of QK^T and PV, nothing masked, nothing twice."""
+    assert counts.tensor_operations == 2 * 2 * QUERIES * KEYS * HEAD_DIM == 67108864
+
+
+def main_loop(counts) -> list:
+    """Rows of the PTX from the first wait for copies, the loop's first step, to the last product, its last one."""
+    begin = min(row[2] for row in counts.instructions if row[0].startswith("cp.async.wait_group"))
+    end = max(row[2] for row in counts.instructions if row[0].startswith("mma."))
+    return [row for row in counts.instructions if begin <= row[2] <= end]
+
+
+def test_no_bank_conflicts_in_the_main_loop(counts):
+    """The copies, every ldmatrix, and what the loop keeps in shared memory; q's tile is filled and emptied outside."""
+    loop = main_loop(counts)
+    turns = QUERIES // 32 * KEYS // TILE_KEYS  # of the loop, all warps
+    assert {row[4] for row in loop if row[0].startswith(("mma.", "ldmatrix"))} == {turns}
+    assert sum(row[4] for row in loop if row[0].startswith("cp.async.cg")) == (turns - 4) * 8 + turns * 8
+    assert sum(row[6] for row in loop) == 0
+
+
+def test_global_memory_traffic(counts):
+    """Within 3 % of Q, K and V once a block, and the output with its normalisers."""
+    read, written = 2 * HEAD_DIM * (QUERIES + 2 * KEYS), 2 * HEAD_DIM * QUERIES + 4 * QUERIES
+    assert read <= counts.global_load_bytes <= 1.03 * read
+    assert counts.global_store_bytes == written
+
+
+@pytest.fixture(scope="module")
+def ptx_text(cuda_module):  # which skips where nothing can be compiled
+    return cuda_ptx(NAME)
+
+
+def entry_lines(text: str, pattern: str) -> tuple[list[str], list[int]]:
+    """All lines, and which of those of the 64-key kernel match."""
+    lines = text.splitlines()
+    begin = next(i for i, line in enumerate(lines) if re.search(r"\.entry rf_attention_forward_bf16_d128\(", line))
+    end = next(i for i in range(begin, len(lines)) if lines[i] == "}")
+    return lines, [i for i in range(begin, end) if re.search(pattern, lines[i])]
+
+
+@pytest.mark.parametrize(
+    "pattern, kinds",
+    [(r"cp\.async\.wait_group", {"in-flight"}), (r"\bbar\.sync", {"shared-hazard", "in-flight", "uninitialised"})],
+    ids=["wait", "barrier"],
+)
+def test_a_planted_defect_is_caught(cuda_module, ptx_text, pattern, kinds):
+    """Each wait for copies and each barrier of the main loop is needed: without it the checker objects."""
+    lines, places = entry_lines(ptx_text, pattern)
+    in_loop = places if "wait" in pattern else places[-2:]  # the first barrier is between segments: a prefix has one
+    assert len(in_loop) == 2
+    for place in in_loop:
+        damaged = emulator.Module("\n".join("" if i == place else line for i, line in enumerate(lines)))
+        with pytest.raises(emulator.PTXError) as caught:
+            launch(cuda_module, 256, module=damaged)
+        assert caught.value.kind in kinds
