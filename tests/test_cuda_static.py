@@ -7,9 +7,9 @@ from ptx.compile import find_nvcc
 
 report = pytest.importorskip("benchmarks.cuda_report", reason="needs the source tree")
 
-# Known and not wanted: bytes of spill stores. Tiles of 64 keys at head_dim 128 want 255 registers and more (the host does
-# not choose that kernel on sm_120); the merge kernel spills on sm_90 only. An entry whose spill is gone fails the test:
-# remove it.
+# Known and not wanted: bytes of spill stores. Tiles of 64 keys at head_dim 128 want 255 registers and more (the host
+# does not choose that kernel on sm_120); the merge kernel spills on sm_90 only. An entry whose spill is gone fails the
+# test: remove it.
 KNOWN_SPILLS = {
     (f"rf_attention_{kernel}", arch): stores
     for dtype in report.DTYPES
