@@ -211,33 +211,35 @@ def write(case: Stream, options: Options) -> Bench:
     """K and V of one layer into the cache, K rotated; the floor is a copy of both."""
     s, skipped = Streaming(case, options, 1), {}
     _, k, v = s.inputs[0]
-    slots = case.window // case.frames  # the chunk's place in the ring, where whole chunks fit into it
+    first = len(s.history) * case.frames
 
-    def newest(cache) -> Results:
-        first = cache.geometry.slot(cache.ages[0] - case.frames) * case.frame_tokens
-        return {name: x[:, first : first + case.frame_tokens] for name, x in (("k", cache[0].k), ("v", cache[0].v))}
+    def written(cache) -> Results:
+        slots = [cache.geometry.slot(first + i) for i in range(case.frames)]
+        return {
+            name: x.unflatten(1, (-1, case.frame_tokens))[:, slots].flatten(1, 2)
+            for name, x in (("k", cache[0].k), ("v", cache[0].v))
+        }
 
     def ours():
         cache = s.cache()
         cache.begin_chunk(case.frames)
-        return partial(cache[0].write, k, v), lambda _: newest(cache)
+        return partial(cache[0].write, k, v), lambda _: written(cache)
 
     contenders = _ours(options, case.dtype, case.head_dim, skipped, ours)
-    place = torch.empty(2, slots, *k.shape, dtype=case.dtype, device=options.device)
+    copies = torch.empty_like(k), torch.empty_like(v)
 
     def copy():
-        place[0, 0].copy_(k)
-        place[1, 0].copy_(v)
+        copies[0].copy_(k)
+        copies[1].copy_(v)
 
-    contenders["copy"] = Contender(copy, lambda _: {"v": place[1, 0][:, : case.frame_tokens]})
-    frames = torch.tensor([[len(s.history) * case.frames]], device=options.device)
-    one = slice(case.frame_tokens)
+    contenders["copy"] = Contender(copy, lambda _: {"v": copies[1]})
+    frames = torch.arange(first, first + case.frames, device=options.device)[None]
     rotated = {
-        dtype: reference.rotate(k[:, one].to(dtype), frames, s.rope.tables(options.device, dtype), dtype=dtype)
+        dtype: reference.rotate(k.to(dtype), frames, s.rope.tables(options.device, dtype), dtype=dtype)
         for dtype in (torch.float64, case.dtype)
     }
-    exact = {"k": rotated[torch.float64], "v": v[:, one].double()}
-    return Bench(case.write(), contenders, exact, {"k": rotated[case.dtype], "v": v[:, one]}, skipped)
+    exact, plain = {"k": rotated[torch.float64], "v": v.double()}, {"k": rotated[case.dtype], "v": v}
+    return Bench(case.write(), contenders, exact, plain, skipped)
 
 
 def attention(case: Stream, options: Options) -> Bench:
