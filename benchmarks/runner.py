@@ -11,9 +11,10 @@ from dataclasses import replace
 import torch
 
 from .cases import CASES, Case, Latent, on_cpu
+from .contenders import Options
 from .environment import floor_seconds
 from .gate import wrong
-from .operations import OPERATIONS, Options
+from .operations import OPERATIONS
 from .timing import Timer, interleaved, ratio, stats, taken
 
 TOO_SLOW = 10  # times the fastest: not worth the time of a whole row
