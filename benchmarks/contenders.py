@@ -102,7 +102,7 @@ def exact_attention(q, k, v, visible=None) -> torch.Tensor:
     """In float64, head by head, so that the scores of one head are all that is held."""
     group = q.shape[2] // k.shape[2]
     heads = [
-        competitors._sdpa(q[:, :, h : h + 1], k[:, :, h // group, None], v[:, :, h // group, None], visible)()
+        competitors.ready_sdpa(q[:, :, h : h + 1], k[:, :, h // group, None], v[:, :, h // group, None], visible)()
         for h in range(q.shape[2])
     ]
     return torch.cat(heads, 2)

@@ -39,7 +39,7 @@ def sequence_attention(case: Sequence, options: Options, train: bool = False) ->
     contenders = ours_of(options, case.dtype, case.head_dim, skipped, lambda: contender(attend))
 
     def masked(q, k, v):
-        return competitors._sdpa(q, k, v, mask.visible)()
+        return competitors.ready_sdpa(q, k, v, mask.visible)()
 
     wide = [x.detach().double().requires_grad_(train) for x in inputs]
     if rope is None:

@@ -217,7 +217,7 @@ def _layers(case: Stream, options: Options, work: Work, passes: int, opens: bool
     ready = s.exact(case.layers - 1)
     half = [x.to(case.dtype) for x in ready]
     peers = peers_of(options, *half, None, skipped, repeat=passes * case.layers)
-    exact, plain = exact_attention(*ready), competitors._sdpa(*half, None)()
+    exact, plain = exact_attention(*ready), competitors.ready_sdpa(*half, None)()
     return Bench(work, contenders | peers, out_only(exact), out_only(plain), skipped)
 
 
