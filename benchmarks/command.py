@@ -52,8 +52,8 @@ def _run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from . import report, runner
+    from .contenders import Options
     from .environment import ceilings, environment
-    from .operations import Options
     from .timing import keep_memory, make_timer
 
     # In a file or a pipe lines may be as long as the table.

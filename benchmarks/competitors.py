@@ -57,7 +57,7 @@ def _dense(q, k, visible: Visible | None) -> torch.Tensor | None:
     return visible(rows, torch.arange(k.shape[1], device=q.device))
 
 
-def _sdpa(q, k, v, visible, backend: SDPBackend | None = None) -> Attend:
+def ready_sdpa(q, k, v, visible, backend: SDPBackend | None = None) -> Attend:
     mask, grouped = _dense(q, k, visible), q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # ready-made
 
@@ -76,7 +76,7 @@ def _one_backend(backend: SDPBackend) -> Competitor:
         return None if device.type == "cuda" else "one of several on a CUDA device only"
 
     name = f"SDPA {backend.name.removesuffix('_ATTENTION').lower()}"
-    return Competitor(name, why_not, lambda q, k, v, visible: _sdpa(q, k, v, visible, backend))
+    return Competitor(name, why_not, lambda q, k, v, visible: ready_sdpa(q, k, v, visible, backend))
 
 
 def _flex(q, k, v, visible) -> Attend:
@@ -141,7 +141,7 @@ def _sage(q, k, v, visible) -> Attend:
 FLOOR = "SDPA"  # on ready-made contiguous tensors: what a streaming pass cannot beat with the same kernel
 
 TABLE: tuple[Competitor, ...] = (
-    Competitor(FLOOR, _everywhere, _sdpa),
+    Competitor(FLOOR, _everywhere, ready_sdpa),
     *(
         _one_backend(backend)
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)

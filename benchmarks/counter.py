@@ -242,7 +242,7 @@ def count_triton(case: Stream) -> tuple[Counts, Counter]:
 
 @dataclass
 class Row:
-    """A column of the table. computed: bytes from the sizes instead of counted."""
+    """One procedure of the table. computed: its bytes follow from the sizes, and are not counted."""
 
     launches: int
     read: float

@@ -15,7 +15,8 @@ from unittest import mock
 import torch
 
 from .cases import Latent, Stream
-from .operations import OPERATIONS, OURS, Options
+from .contenders import OURS, Options
+from .operations import OPERATIONS
 
 TESTS = Path(__file__).parents[1] / "tests"
 CASES = {

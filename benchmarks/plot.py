@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .operations import OURS
+from .contenders import OURS
 
 
 def plot(run: dict, path: str | Path) -> None:

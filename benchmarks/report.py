@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .operations import FLOOR, OURS
+from .contenders import FLOOR, OURS
 
 FORMAT = 1
 NOISE = 1.05  # a smaller change of a median is not called one

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from .cases import CASES, Case, Latent, on_cpu
+from .contenders import Options
 from .environment import floor_seconds
 from .gate import wrong
-from .operations import OPERATIONS, Options
+from .operations import OPERATIONS
 from .timing import Timer, interleaved, ratio, stats, taken
 
 TOO_SLOW = 10  # times the fastest: not worth the time of a whole row
@@ -78,8 +80,10 @@ def matches(expression: str, name: str) -> bool:
     words = re.findall(r"[()]|[^\s()]+", expression)
     python = [word if word in ("and", "or", "not", "(", ")") else str(word in name) for word in words]
     try:
-        return bool(eval(" ".join(python), {"__builtins__": {}}))
-    except (SyntaxError, TypeError):  # the latter: two words without anything between, the second in parentheses
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SyntaxWarning)  # a word before parentheses: a call, to Python
+            return bool(eval(" ".join(python), {"__builtins__": {}}))
+    except SyntaxError:
         raise ValueError(f"-k {expression!r} cannot be read: words with and, or, not and parentheses") from None
 
 

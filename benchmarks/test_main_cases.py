@@ -9,7 +9,8 @@ import torch
 pytest.importorskip("pytest_benchmark", reason="pip install 'rfkernels[bench]'")
 
 from benchmarks import gate, runner
-from benchmarks.operations import OPERATIONS, Options
+from benchmarks.contenders import Options
+from benchmarks.operations import OPERATIONS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHOSEN = {runner.label(*one): one for one in runner.select(DEVICE, quick=True)}
