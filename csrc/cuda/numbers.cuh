@@ -1,10 +1,8 @@
 // Eight numbers at a time, of any dtype: what the cache and loss kernels move. These kernels wait for memory, so a
 // dtype is a value that every thread agrees on rather than a template argument: one kernel per operation.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "../kernels.h"
+#include "element.h"
 
 namespace rfkernels::cuda {
 
@@ -23,8 +21,7 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x, bool) {
 }
 template <>
 __device__ __forceinline__ __half narrow<__half>(float x, bool saturate) {
-  if (saturate) x = x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
-  return __float2half_rn(x);
+  return __float2half_rn(saturate ? saturate_half(x) : x);
 }
 
 __device__ __forceinline__ float round_to(float x, DType dtype) {
