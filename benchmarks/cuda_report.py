@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.aot import SHARED_BLOCK, ctas_per_sm
 from benchmarks.static_report import compare, merge
-from rfkernels.__main__ import find_nvcc
+from rfkernels.native import find_nvcc
 
 ROOT = Path(__file__).parents[1]
 BASELINE = Path(__file__).parent / "cuda_baseline.json"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import platform
-import shutil
 import sys
 from pathlib import Path
 
@@ -16,13 +15,6 @@ from rfkernels import demo, generate, native
 from rfkernels.tiny import command as train
 
 
-def find_nvcc() -> str | None:
-    """nvcc on PATH or from pip, for building; the kernels themselves need none."""
-    spec = importlib.util.find_spec("nvidia")
-    roots = [] if spec is None else spec.submodule_search_locations or []
-    return shutil.which("nvcc") or next((str(p) for root in roots for p in Path(root).glob("cu*/bin/nvcc")), None)
-
-
 def info(args: argparse.Namespace) -> int:
     rows = {
         "rfkernels": rf.__version__,
@@ -30,7 +22,7 @@ def info(args: argparse.Namespace) -> int:
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'})",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
         "triton": "installed" if importlib.util.find_spec("triton") else "not installed",
-        "nvcc": find_nvcc() or "none found",
+        "nvcc": native.find_nvcc() or "none found",
     }
     if native.missing is None:
         from rfkernels import _C

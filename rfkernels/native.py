@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -65,3 +68,12 @@ def cuda_runs_on(capability: tuple[int, int]) -> bool:
 def serves(x: torch.Tensor) -> bool:
     """Whether compiled kernels exist for tensors like ``x``."""
     return missing is None and x.device.type == "cpu"
+
+
+def find_nvcc() -> str | None:
+    """nvcc in CUDA_HOME, on PATH, or installed by pip, as a build looks for it; the kernels themselves need none."""
+    if os.environ.get("CUDA_HOME"):
+        return shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"]) / "bin"))
+    spec = importlib.util.find_spec("nvidia")
+    roots = [] if spec is None else spec.submodule_search_locations or []
+    return shutil.which("nvcc") or next((str(p) for root in roots for p in Path(root).glob("cu*/bin/nvcc")), None)

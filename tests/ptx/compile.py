@@ -1,26 +1,11 @@
 """PTX from CUDA C++: nvcc from CUDA_HOME, PATH or the pip packages. Triton's comes from samples/triton_kernels.py."""
 
-import os
-import shutil
-import site
 import subprocess
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 
-
-@cache
-def find_nvcc() -> str | None:
-    if os.environ.get("CUDA_HOME"):
-        candidate = Path(os.environ["CUDA_HOME"]) / "bin" / "nvcc"
-        if candidate.exists():
-            return str(candidate)
-    if found := shutil.which("nvcc"):
-        return found
-    places = {*site.getsitepackages(), *(path for path in sys.path if path.endswith("site-packages"))}
-    found = sorted(str(path) for place in places for path in Path(place).glob("nvidia/cu*/bin/nvcc"))
-    return found[-1] if found else None
+from rfkernels.native import find_nvcc
 
 
 @cache
