@@ -87,15 +87,17 @@ struct KeySegment {
   }
 };
 
-// Copies the tiles of K or V one after another: each thread a unit of every kRowStep-th row, in every slab.
-template <class Config>
+// Copies the tiles of K or V one after another: each thread a unit of every kRowStep-th row, in every slab. kFirst: the
+// first of the kThreads threads that copy.
+template <class Config, int kFirst = 0>
 struct TileCopier {
   using Tile = typename Config::KVTile;
   static constexpr int kRowStep = Config::kThreads / Tile::kSlabUnits;
   const char* source;
 
   __device__ __forceinline__ TileCopier(const char* first, int64_t token_step) {
-    source = first + threadIdx.x / Tile::kSlabUnits * token_step + threadIdx.x % Tile::kSlabUnits * 16;
+    const unsigned thread = threadIdx.x - kFirst;
+    source = first + thread / Tile::kSlabUnits * token_step + thread % Tile::kSlabUnits * 16;
   }
 
   // Bytes between the rows of a thread: 32 bits, so that an advance is one instruction.
@@ -103,7 +105,7 @@ struct TileCopier {
 
   // rows: how many of the tile exist; the others become zeros (what lies there may be NaN).
   __device__ __forceinline__ void copy(uint32_t tile, int rows, int step) {
-    const int thread = not_before(threadIdx.x), row = thread / Tile::kSlabUnits;
+    const int thread = not_before(threadIdx.x) - kFirst, row = thread / Tile::kSlabUnits;
     const uint32_t destination = tile + Tile::slab_offset(row, thread % Tile::kSlabUnits);
     if (rows >= Config::kTileKeys) {
 #pragma unroll
@@ -202,9 +204,9 @@ struct WarpRows {
     }
   }
 
-  // Raises the softmax's shift where the new scores ask for it: seldom, after the first tile.
-  __device__ __forceinline__ void raise(const float (&s)[kRowBlocks][kKeyUnits][4], float scale2) {
-    float largest[kRows];
+  // Of this thread's scores, per row.
+  static __device__ __forceinline__ void find_largest(const float (&s)[kRowBlocks][kKeyUnits][4],
+                                                      float (&largest)[kRows]) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       largest[r] = s[r / 2][0][r % 2 * 2];
@@ -213,15 +215,25 @@ struct WarpRows {
 #pragma unroll
         for (int i = n == 0; i < 2; ++i) largest[r] = fmaxf(largest[r], s[r / 2][n][r % 2 * 2 + i]);
     }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&factor)[kRows]) {
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m)
+#pragma unroll
+      for (int n = 0; n < kColumnUnits; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) rOut[m][n][i] *= factor[2 * m + i / 2];
+  }
+
+  // Raises the softmax's shift where the new scores ask for it: seldom, after the first tile.
+  __device__ __forceinline__ void raise(const float (&s)[kRowBlocks][kKeyUnits][4], float scale2) {
+    float largest[kRows];
+    find_largest(s, largest);
     if (softmax.exceeds(largest, scale2)) {
       float factor[kRows];
       softmax.raise(largest, scale2, factor);
-#pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m)
-#pragma unroll
-        for (int n = 0; n < kColumnUnits; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) rOut[m][n][i] *= factor[2 * m + i / 2];
+      rescale(factor);
     }
   }
 
