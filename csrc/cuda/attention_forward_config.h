@@ -30,7 +30,7 @@ struct ForwardConfig {
   static constexpr int kSharedK = QTile::kBytes;
   static constexpr int kSharedV = kSharedK + KVTile::kBytes;
   static constexpr int kSharedKept = kSharedV + KVTile::kBytes;  // six ints, see KeptInShared
-  static constexpr int kSharedBytes = kSharedKept + ForwardTiles::kKeptBytes;
+  static constexpr int kSharedBytes = kSharedKept + kForwardKeptBytes;
 
   static_assert(kHeadDim % 16 == 0 && kHeadDim <= 256 && kTileKeys % 16 == 0);
   static_assert(kRowBlocks * (kHeadDim / 8 + kTileKeys / 8) * 4 <= 192, "accumulator and scores leave 63 registers");

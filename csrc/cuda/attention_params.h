@@ -33,6 +33,7 @@ struct QueryRope {
 };
 
 constexpr int64_t kFarthestTokens = int64_t(1) << 24;  // elements: a tile then stays within 2**31 bytes
+constexpr int kForwardKeptBytes = 32;                  // of shared memory, beside the tiles
 
 // One attention problem, forward or backward. Token counts are below 2**31; k, v and out share one half type.
 struct AttentionProblem {
@@ -65,13 +66,13 @@ struct ForwardParams {
 // What a block of a forward kernel needs: kRows queries, one tile of `keys` keys and one of values. A warp owns
 // 16 * row_blocks() rows.
 struct ForwardTiles {
-  static constexpr int kRows = 128, kKeptBytes = 32;
+  static constexpr int kRows = 128;
   int head_dim, keys;
 
   constexpr int row_blocks() const { return head_dim <= 128 ? 2 : 1; }  // 32 rows of 256 columns take every register
   constexpr int threads() const { return 32 * kRows / (16 * row_blocks()); }
   constexpr int blocks_per_sm() const { return head_dim <= 128 ? 2 : 1; }
-  constexpr int shared_bytes() const { return 2 * head_dim * (kRows + 2 * keys) + kKeptBytes; }
+  constexpr int shared_bytes() const { return 2 * head_dim * (kRows + 2 * keys) + kForwardKeptBytes; }
 };
 
 // Joins `splits` results over disjoint keys, at most 32.
