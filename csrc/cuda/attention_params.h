@@ -34,6 +34,7 @@ struct QueryRope {
 
 constexpr int64_t kFarthestTokens = int64_t(1) << 24;  // elements: a tile then stays within 2**31 bytes
 constexpr int kForwardKeptBytes = 32;                  // of shared memory, beside the tiles
+constexpr int kHopperBarrierBytes = 64;                // the same of the kernels for sm_90a: eight mbarriers
 
 // One attention problem, forward or backward. Token counts are below 2**31; k, v and out share one half type.
 struct AttentionProblem {
