@@ -200,7 +200,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, uint32_t sQ
     for (int key = keys.begin + Config::kTileKeys; key < keys.end; key += Config::kTileKeys, ++turn) {
       sK.wait_full(turn + 1);
       start_scores<Config>(scores, q, sK.tile(turn + 1));
-      sV.wait_full(turn);
+      // Its values are there too: an arrival stands for all copies that its thread issued before.
       start_output<Config>(rows.rOut, weights, sV.tile(turn));
       wait_products<1>(scores[0]);
       sK.release(turn + 1);
