@@ -53,12 +53,12 @@ struct Ring {
       : tiles(base + (values ? Config::kSharedV : Config::kSharedK)),
         barriers(base + Config::kSharedBarriers + (values ? 8 * kBarriers : 0)) {}
   // turn: how many tiles came before.
-  __device__ __forceinline__ uint32_t tile(int turn) const {
+  __device__ __forceinline__ uint32_t tile(uint32_t turn) const {
     return tiles + turn % Config::kStages * Config::KVTile::kBytes;
   }
-  __device__ __forceinline__ uint32_t full(int turn) const { return barriers + turn % Config::kStages * 16; }
-  __device__ __forceinline__ uint32_t empty(int turn) const { return full(turn) + 8; }
-  static __device__ __forceinline__ int parity(int turn) { return turn / Config::kStages % 2; }
+  __device__ __forceinline__ uint32_t full(uint32_t turn) const { return barriers + turn % Config::kStages * 16; }
+  __device__ __forceinline__ uint32_t empty(uint32_t turn) const { return full(turn) + 8; }
+  static __device__ __forceinline__ uint32_t parity(uint32_t turn) { return turn / Config::kStages % 2; }
 
   __device__ __forceinline__ void initialise() const {
 #pragma unroll
@@ -68,13 +68,13 @@ struct Ring {
     }
   }
   // Producer: when both consumers are done with what lay there.
-  __device__ __forceinline__ void wait_empty(int turn) const { wait_mbarrier(empty(turn), parity(turn) ^ 1); }
+  __device__ __forceinline__ void wait_empty(uint32_t turn) const { wait_mbarrier(empty(turn), parity(turn) ^ 1); }
   // Consumer. cp.async writes as ordinary stores do, wgmma reads by another path.
-  __device__ __forceinline__ void wait_full(int turn) const {
+  __device__ __forceinline__ void wait_full(uint32_t turn) const {
     wait_mbarrier(full(turn), parity(turn));
     fence_async_proxy();
   }
-  __device__ __forceinline__ void release(int turn) const {
+  __device__ __forceinline__ void release(uint32_t turn) const {
     if (threadIdx.x % 32 == 0) arrive(empty(turn));
   }
 };
@@ -84,7 +84,7 @@ __device__ __forceinline__ int parts(const AttentionProblem& p) { return p.use =
 template <class Config>
 __device__ __forceinline__ void produce(const ForwardParams& params, const Ring<Config>& sK, const Ring<Config>& sV) {
   using Copier = TileCopier<typename Config::Producers, Config::kThreads>;
-  int turn = 0;
+  uint32_t turn = 0;
 #pragma unroll 1
   for (int part = 0; part < parts(params.problem); ++part) {
     const QueryTile tile(params, Config::kTileRows);
@@ -166,7 +166,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, uint32_t sQ
   // A scale of zero still has to keep what is unseen at -inf.
   const float scale2 = fmaxf(fabsf(p.scale) * kLog2E, 1e-30f);
   WarpRows<Config> rows;
-  int turn = 0;
+  uint32_t turn = 0;
 #pragma unroll 1
   for (int part = 0; part < parts(p); ++part) {
     const QueryTile tile(params, Config::kTileRows);

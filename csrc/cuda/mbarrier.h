@@ -19,7 +19,7 @@ __device__ __forceinline__ void arrive_when_copied(uint32_t barrier) {
 }
 
 // Waits for the end of the phase of this parity; the one before the first counts as ended, with parity 1.
-__device__ __forceinline__ void wait_mbarrier(uint32_t barrier, int parity) {
+__device__ __forceinline__ void wait_mbarrier(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
       "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
