@@ -5,20 +5,30 @@
 #include "cuda/attention_host.h"
 
 // A kernel is a line here and one in kForward.
-#define RF_FORWARD_KERNELS(X)           \
-  X(rf_attention_forward_fp16_d64)      \
-  X(rf_attention_forward_fp16_d80)      \
-  X(rf_attention_forward_fp16_d96)      \
-  X(rf_attention_forward_fp16_d128)     \
-  X(rf_attention_forward_fp16_d128_k32) \
-  X(rf_attention_forward_fp16_d256)     \
-  X(rf_attention_forward_bf16_d64)      \
-  X(rf_attention_forward_bf16_d80)      \
-  X(rf_attention_forward_bf16_d96)      \
-  X(rf_attention_forward_bf16_d128)     \
-  X(rf_attention_forward_bf16_d128_k32) \
-  X(rf_attention_forward_bf16_d256)     \
-  X(rf_attention_merge_fp16)            \
+#define RF_FORWARD_KERNELS(X)              \
+  X(rf_attention_forward_hopper_fp16_d64)  \
+  X(rf_attention_forward_hopper_fp16_d80)  \
+  X(rf_attention_forward_hopper_fp16_d96)  \
+  X(rf_attention_forward_hopper_fp16_d128) \
+  X(rf_attention_forward_hopper_fp16_d256) \
+  X(rf_attention_forward_hopper_bf16_d64)  \
+  X(rf_attention_forward_hopper_bf16_d80)  \
+  X(rf_attention_forward_hopper_bf16_d96)  \
+  X(rf_attention_forward_hopper_bf16_d128) \
+  X(rf_attention_forward_hopper_bf16_d256) \
+  X(rf_attention_forward_fp16_d64)         \
+  X(rf_attention_forward_fp16_d80)         \
+  X(rf_attention_forward_fp16_d96)         \
+  X(rf_attention_forward_fp16_d128)        \
+  X(rf_attention_forward_fp16_d128_k32)    \
+  X(rf_attention_forward_fp16_d256)        \
+  X(rf_attention_forward_bf16_d64)         \
+  X(rf_attention_forward_bf16_d80)         \
+  X(rf_attention_forward_bf16_d96)         \
+  X(rf_attention_forward_bf16_d128)        \
+  X(rf_attention_forward_bf16_d128_k32)    \
+  X(rf_attention_forward_bf16_d256)        \
+  X(rf_attention_merge_fp16)               \
   X(rf_attention_merge_bf16)
 RF_FORWARD_KERNELS(RF_DECLARE_KERNEL)
 
@@ -28,44 +38,63 @@ namespace {
 constexpr int kTileRows = 128, kMergeRows = 8, kMergeThreads = 256, kMaxSplits = 16;
 constexpr int kSmallShared = 128 * 1024;  // sm_86, sm_89 and sm_120 have 100 KB, the others 164 KB and more
 
-// As the ForwardConfig of attention_forward_config.h says.
+enum class Made { kForAll, kForSmall /* multiprocessors of 100 KB */, kForHopper /* sm_90a */ };
+
+// As the ForwardConfig of attention_forward_config.h and the HopperConfig of attention_forward_hopper.h say.
 struct ForwardKernel {
   Kernel kernel;
   DType dtype;
   int head_dim, keys, threads;
-  bool small;  // made for multiprocessors of 100 KB
+  Made made;
 
-  int shared_bytes() const { return (kTileRows + 2 * keys) * head_dim * 2 + kForwardKeptBytes; }
+  int shared_bytes() const {
+    return made == Made::kForHopper ? (kTileRows + 4 * keys) * head_dim * 2 + kHopperBarrierBytes
+                                    : (kTileRows + 2 * keys) * head_dim * 2 + kForwardKeptBytes;
+  }
+  int blocks_per_sm() const { return made == Made::kForHopper || head_dim > 128 ? 1 : 2; }
+  bool serves(const Tensor& x) const {
+    return made == Made::kForHopper  ? capability(x) == 90
+           : made == Made::kForSmall ? shared_memory(x) < kSmallShared
+                                     : true;
+  }
 };
 
 // The first row that fits serves.
 const ForwardKernel kForward[] = {
-    {RF_KERNEL(rf_attention_forward_fp16_d64), DType::Float16, 64, 64, 128, false},
-    {RF_KERNEL(rf_attention_forward_fp16_d80), DType::Float16, 80, 64, 128, false},
-    {RF_KERNEL(rf_attention_forward_fp16_d96), DType::Float16, 96, 64, 128, false},
-    {RF_KERNEL(rf_attention_forward_fp16_d128_k32), DType::Float16, 128, 32, 128, true},
-    {RF_KERNEL(rf_attention_forward_fp16_d128), DType::Float16, 128, 64, 128, false},
-    {RF_KERNEL(rf_attention_forward_fp16_d256), DType::Float16, 256, 32, 256, false},
-    {RF_KERNEL(rf_attention_forward_bf16_d64), DType::BFloat16, 64, 64, 128, false},
-    {RF_KERNEL(rf_attention_forward_bf16_d80), DType::BFloat16, 80, 64, 128, false},
-    {RF_KERNEL(rf_attention_forward_bf16_d96), DType::BFloat16, 96, 64, 128, false},
-    {RF_KERNEL(rf_attention_forward_bf16_d128_k32), DType::BFloat16, 128, 32, 128, true},
-    {RF_KERNEL(rf_attention_forward_bf16_d128), DType::BFloat16, 128, 64, 128, false},
-    {RF_KERNEL(rf_attention_forward_bf16_d256), DType::BFloat16, 256, 32, 256, false},
+    {RF_KERNEL(rf_attention_forward_hopper_fp16_d64), DType::Float16, 64, 128, 384, Made::kForHopper},
+    {RF_KERNEL(rf_attention_forward_hopper_fp16_d80), DType::Float16, 80, 128, 384, Made::kForHopper},
+    {RF_KERNEL(rf_attention_forward_hopper_fp16_d96), DType::Float16, 96, 128, 384, Made::kForHopper},
+    {RF_KERNEL(rf_attention_forward_hopper_fp16_d128), DType::Float16, 128, 128, 384, Made::kForHopper},
+    {RF_KERNEL(rf_attention_forward_hopper_fp16_d256), DType::Float16, 256, 64, 384, Made::kForHopper},
+    {RF_KERNEL(rf_attention_forward_hopper_bf16_d64), DType::BFloat16, 64, 128, 384, Made::kForHopper},
+    {RF_KERNEL(rf_attention_forward_hopper_bf16_d80), DType::BFloat16, 80, 128, 384, Made::kForHopper},
+    {RF_KERNEL(rf_attention_forward_hopper_bf16_d96), DType::BFloat16, 96, 128, 384, Made::kForHopper},
+    {RF_KERNEL(rf_attention_forward_hopper_bf16_d128), DType::BFloat16, 128, 128, 384, Made::kForHopper},
+    {RF_KERNEL(rf_attention_forward_hopper_bf16_d256), DType::BFloat16, 256, 64, 384, Made::kForHopper},
+    {RF_KERNEL(rf_attention_forward_fp16_d64), DType::Float16, 64, 64, 128, Made::kForAll},
+    {RF_KERNEL(rf_attention_forward_fp16_d80), DType::Float16, 80, 64, 128, Made::kForAll},
+    {RF_KERNEL(rf_attention_forward_fp16_d96), DType::Float16, 96, 64, 128, Made::kForAll},
+    {RF_KERNEL(rf_attention_forward_fp16_d128_k32), DType::Float16, 128, 32, 128, Made::kForSmall},
+    {RF_KERNEL(rf_attention_forward_fp16_d128), DType::Float16, 128, 64, 128, Made::kForAll},
+    {RF_KERNEL(rf_attention_forward_fp16_d256), DType::Float16, 256, 32, 256, Made::kForAll},
+    {RF_KERNEL(rf_attention_forward_bf16_d64), DType::BFloat16, 64, 64, 128, Made::kForAll},
+    {RF_KERNEL(rf_attention_forward_bf16_d80), DType::BFloat16, 80, 64, 128, Made::kForAll},
+    {RF_KERNEL(rf_attention_forward_bf16_d96), DType::BFloat16, 96, 64, 128, Made::kForAll},
+    {RF_KERNEL(rf_attention_forward_bf16_d128_k32), DType::BFloat16, 128, 32, 128, Made::kForSmall},
+    {RF_KERNEL(rf_attention_forward_bf16_d128), DType::BFloat16, 128, 64, 128, Made::kForAll},
+    {RF_KERNEL(rf_attention_forward_bf16_d256), DType::BFloat16, 256, 32, 256, Made::kForAll},
 };
 
 const ForwardKernel& forward_kernel(const Tensor& k, int64_t head_dim) {
   const DType dtype = dtype_of(k);
   for (const ForwardKernel& row : kForward)
-    if (row.dtype == dtype && row.head_dim == head_dim && (!row.small || shared_memory(k) < kSmallShared) &&
-        available(row.kernel))
-      return row;
+    if (row.dtype == dtype && row.head_dim == head_dim && row.serves(k) && available(row.kernel)) return row;
   STD_TORCH_CHECK(false, "no CUDA attention kernel was compiled in for this dtype and head_dim ", head_dim);
 }
 
 // As many blocks as fill the device once share the keys of a tile of queries, each with two tiles of keys or more.
 int64_t splits_of(int64_t blocks, int64_t keys, const ForwardKernel& kernel, const Tensor& x) {
-  const int64_t resident = int64_t(processors(x)) * (kernel.head_dim <= 128 ? 2 : 1);
+  const int64_t resident = int64_t(processors(x)) * kernel.blocks_per_sm();
   return std::max<int64_t>(
       1, std::min({resident / std::max<int64_t>(1, blocks), keys / (2 * kernel.keys), int64_t(kMaxSplits)}));
 }

@@ -39,7 +39,7 @@ struct HopperConfig {
 
   static_assert(kHeadDim / 2 + kTileKeys / 2 + kTileKeys / 4 <= 192, "accumulator, scores and weights");
   static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 168 * kBlockThreads);
-  static_assert(kSharedBytes <= 227 * 1024, "a block of sm_90");
+  static_assert(kHopperBarrierBytes == 2 * 2 * 8 * kStages && kSharedBytes <= 227 * 1024, "a block of sm_90");
   static_assert(kTileKeys * KVTile::kSlabUnits % 128 == 0, "every producer copies as many units");
 };
 
