@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from benchmarks import interior
-from benchmarks.aot import SHARED_BLOCK, ctas_per_sm
+from benchmarks import interior, straight
+from benchmarks.aot import SHARED_BLOCK, TOOLS, ctas_per_sm
 from benchmarks.static_report import compare, merge
 from rfkernels.native import find_nvcc
 
@@ -43,11 +43,11 @@ DTYPES = ("bf16", "fp16")
 HEAD_DIMS = tuple(int(x) for x in _set("RF_CUDA_ALL_HEAD_DIMS"))
 
 
-def sources(head_dims: Sequence[int], dtypes: Sequence[str] = DTYPES) -> list[Path]:
-    """The .cu files of the build; of the attention kernels those of some head sizes and dtypes."""
+def sources(head_dims: Sequence[int], dtypes: Sequence[str] = DTYPES, arch: int = 80) -> list[Path]:
+    """The .cu files of the build; of the attention kernels those of some head sizes and dtypes. 9.0 has more."""
     attention = [
         path
-        for kind in ("forward", "backward")
+        for kind in ("forward", "backward", *(["hopper"] if arch == 90 else []))
         for head_dim in head_dims
         for dtype in dtypes
         for path in [ROOT / "csrc" / "cuda" / kind / f"{dtype}_d{head_dim}.cu"]
@@ -97,13 +97,20 @@ def launch_bounds(ptx: str) -> dict[str, tuple[int, int, int]]:
 def kernels(nvcc: str, source: Path, arch: int) -> Iterator[dict]:
     """Compiles ``source`` with the flags of the build; a row for every kernel in it."""
     with tempfile.TemporaryDirectory() as folder:
-        gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        hopper = source.parent.name == "hopper"
+        target = f"{arch}a" if hopper else arch
+        gencode = f"-gencode=arch=compute_{target},code=sm_{target}"
         flags = [*_set("RF_CUDA_FLAGS"), gencode, "-Xptxas=-v", "-keep", f"-keep-dir={folder}"]
         command = [nvcc, *flags, "-cubin", str(source), "-o", f"{folder}/out.cubin"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"nvcc failed on {source}:\n{done.stderr}")
+        if "Potential Performance Loss" in done.stderr:  # of products that run one by one, of registers not handed over
+            raise RuntimeError(f"ptxas on {source}:\n{done.stderr}")
         (ptx,) = (path.read_text() for path in Path(folder).glob("*.ptx"))
+        if hopper:
+            dump = [str(TOOLS / "cuobjdump"), "-sass", f"{folder}/out.cubin"]
+            sass = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
     bounds = launch_bounds(ptx)
     assembled = _ASSEMBLED.findall(done.stderr)
     if {name for name, *_ in assembled} != set(bounds):
@@ -113,10 +120,12 @@ def kernels(nvcc: str, source: Path, arch: int) -> Iterator[dict]:
         static = re.search(r"(\d+) bytes smem", rest)
         shared = (int(static[1]) if static else 0) + dynamic
         by_registers, by_shared, by_threads = ctas_per_sm(arch, int(registers), threads // 32, shared)
+        loop = {"loop": straight.row(sass, 32 if "_d256" in name else 64)} if "_hopper_" in name else {}
         yield {
             "kernel": name, "threads": threads, "registers": int(registers), "stack": int(stack),
             "spill_stores": int(stores), "spill_loads": int(loads), "shared": shared, "ctas_asked": designed,
             "ctas_by_registers": min(by_registers, by_threads), "ctas_per_sm": min(by_registers, by_shared, by_threads),
+            **loop,
         }  # fmt: skip
 
 
@@ -124,7 +133,7 @@ def report(nvcc: str, arch: int, head_dims: Sequence[int] = HEAD_DIMS, dtypes: S
     """Rows of every kernel; MAX_JOBS (or one per processor) compilers at a time."""
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
-        rows = pool.map(lambda source: list(kernels(nvcc, source, arch)), sources(head_dims, dtypes))
+        rows = pool.map(lambda source: list(kernels(nvcc, source, arch)), sources(head_dims, dtypes, arch))
         return [row for of_source in rows for row in of_source]
 
 
@@ -159,6 +168,7 @@ def show(rows: list[dict]) -> None:
             f"{r['kernel']:34s} {r['threads']:3d} threads {r['registers']:3d} regs {r['stack']:4d} stack "
             f"{r['spill_stores']:4d}/{r['spill_loads']:<4d} spilled {r['shared']:7d} B  {r['ctas_by_registers']} "
             f"CTA/SM by registers, {r['ctas_per_sm']} in all"
+            + (f"; a score {r['loop']['per_score']} + {r['loop']['copies_per_score']}" if "loop" in r else "")
         )
 
 

@@ -4,21 +4,30 @@
 
 #include "cuda/attention_host.h"
 
-// A kernel is a line here; of those for a type and head_dim the first that fits serves. small: for multiprocessors with
-// 100 KB of shared memory.
-#define RF_FORWARD_KERNELS(X) /* name, type, head_dim, keys of a tile, small */ \
-  X(rf_attention_forward_fp16_d64, DType::Float16, 64, 64, false)               \
-  X(rf_attention_forward_fp16_d80, DType::Float16, 80, 64, false)               \
-  X(rf_attention_forward_fp16_d96, DType::Float16, 96, 64, false)               \
-  X(rf_attention_forward_fp16_d128_k32, DType::Float16, 128, 32, true)          \
-  X(rf_attention_forward_fp16_d128, DType::Float16, 128, 64, false)             \
-  X(rf_attention_forward_fp16_d256, DType::Float16, 256, 32, false)             \
-  X(rf_attention_forward_bf16_d64, DType::BFloat16, 64, 64, false)              \
-  X(rf_attention_forward_bf16_d80, DType::BFloat16, 80, 64, false)              \
-  X(rf_attention_forward_bf16_d96, DType::BFloat16, 96, 64, false)              \
-  X(rf_attention_forward_bf16_d128_k32, DType::BFloat16, 128, 32, true)         \
-  X(rf_attention_forward_bf16_d128, DType::BFloat16, 128, 64, false)            \
-  X(rf_attention_forward_bf16_d256, DType::BFloat16, 256, 32, false)
+// A kernel is a line here; of those for a type and head_dim the first that serves is taken.
+#define RF_FORWARD_KERNELS(X) /* name, type, head_dim, keys of a tile, made */    \
+  X(rf_attention_forward_hopper_fp16_d64, DType::Float16, 64, 128, kForHopper)    \
+  X(rf_attention_forward_hopper_fp16_d80, DType::Float16, 80, 128, kForHopper)    \
+  X(rf_attention_forward_hopper_fp16_d96, DType::Float16, 96, 128, kForHopper)    \
+  X(rf_attention_forward_hopper_fp16_d128, DType::Float16, 128, 128, kForHopper)  \
+  X(rf_attention_forward_hopper_fp16_d256, DType::Float16, 256, 64, kForHopper)   \
+  X(rf_attention_forward_hopper_bf16_d64, DType::BFloat16, 64, 128, kForHopper)   \
+  X(rf_attention_forward_hopper_bf16_d80, DType::BFloat16, 80, 128, kForHopper)   \
+  X(rf_attention_forward_hopper_bf16_d96, DType::BFloat16, 96, 128, kForHopper)   \
+  X(rf_attention_forward_hopper_bf16_d128, DType::BFloat16, 128, 128, kForHopper) \
+  X(rf_attention_forward_hopper_bf16_d256, DType::BFloat16, 256, 64, kForHopper)  \
+  X(rf_attention_forward_fp16_d64, DType::Float16, 64, 64, kForAll)               \
+  X(rf_attention_forward_fp16_d80, DType::Float16, 80, 64, kForAll)               \
+  X(rf_attention_forward_fp16_d96, DType::Float16, 96, 64, kForAll)               \
+  X(rf_attention_forward_fp16_d128_k32, DType::Float16, 128, 32, kForSmall)       \
+  X(rf_attention_forward_fp16_d128, DType::Float16, 128, 64, kForAll)             \
+  X(rf_attention_forward_fp16_d256, DType::Float16, 256, 32, kForAll)             \
+  X(rf_attention_forward_bf16_d64, DType::BFloat16, 64, 64, kForAll)              \
+  X(rf_attention_forward_bf16_d80, DType::BFloat16, 80, 64, kForAll)              \
+  X(rf_attention_forward_bf16_d96, DType::BFloat16, 96, 64, kForAll)              \
+  X(rf_attention_forward_bf16_d128_k32, DType::BFloat16, 128, 32, kForSmall)      \
+  X(rf_attention_forward_bf16_d128, DType::BFloat16, 128, 64, kForAll)            \
+  X(rf_attention_forward_bf16_d256, DType::BFloat16, 256, 32, kForAll)
 #define RF_DECLARE_ROW(name, ...) RF_DECLARE_KERNEL(name)
 RF_FORWARD_KERNELS(RF_DECLARE_ROW)
 RF_DECLARE_KERNEL(rf_attention_merge_fp16)
@@ -34,18 +43,21 @@ struct ForwardKernel {
   Kernel kernel;
   DType dtype;
   ForwardTiles tiles;
-  bool small;
+
+  bool serves(const Tensor& x) const {
+    return tiles.made == Made::kForHopper  ? capability(x) == 90
+           : tiles.made == Made::kForSmall ? shared_memory(x) < kSmallShared
+                                           : true;
+  }
 };
 
-#define RF_ROW(name, dtype, head_dim, keys, small) {RF_KERNEL(name), dtype, {head_dim, keys}, small},
+#define RF_ROW(name, dtype, head_dim, keys, made) {RF_KERNEL(name), dtype, {head_dim, keys, Made::made}},
 const ForwardKernel kForward[] = {RF_FORWARD_KERNELS(RF_ROW)};
 
 const ForwardKernel& forward_kernel(const Tensor& k, int64_t head_dim) {
   const DType dtype = dtype_of(k);
   for (const ForwardKernel& row : kForward)
-    if (row.dtype == dtype && row.tiles.head_dim == head_dim && (!row.small || shared_memory(k) < kSmallShared) &&
-        available(row.kernel))
-      return row;
+    if (row.dtype == dtype && row.tiles.head_dim == head_dim && row.serves(k) && available(row.kernel)) return row;
   STD_TORCH_CHECK(false, "no CUDA attention kernel was compiled in for this dtype and head_dim ", head_dim);
 }
 

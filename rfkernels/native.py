@@ -57,7 +57,11 @@ def cuda_runs_on(capability: tuple[int, int]) -> bool:
     """Whether a GPU can run one of ``cuda_architectures``: machine code of its major version, or older PTX."""
     for name in filter(None, cuda_architectures.split(", ")):
         number, ptx = name.removesuffix("+PTX"), name.endswith("+PTX")
-        if number[-1].isalpha():  # 9.0a: that architecture only, and never every kernel
+        if number == "9.0a":  # adds kernels with wgmma; the others are built for 9.0
+            number = "9.0"
+        if number[-1].isalpha():  # 12.0a: that architecture only
+            if number[:-1] == "{}.{}".format(*capability):
+                return True
             continue
         major, minor = (int(part) for part in number.split("."))
         if (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability):

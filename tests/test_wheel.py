@@ -69,7 +69,10 @@ def test_without_nvcc_it_builds_for_the_cpu_and_says_so(tmp_path):
         ("8.0, 9.0+PTX, 12.0+PTX", (10, 0), True),  # B200: by the PTX of 9.0
         ("8.0, 12.0+PTX", (10, 0), False),  # newer PTX is refused
         ("8.0", (9, 0), False),
-        ("9.0a", (9, 0), False),  # never every kernel
+        ("9.0a", (9, 0), True),
+        ("9.0a", (10, 0), False),
+        ("12.0a", (12, 0), True),
+        ("12.0a", (12, 1), False),  # that architecture only
     ],
 )
 def test_which_gpus_a_build_serves(monkeypatch, built, capability, runs):

@@ -34,6 +34,7 @@ struct QueryRope {
 
 constexpr int64_t kFarthestTokens = int64_t(1) << 24;  // elements: a tile then stays within 2**31 bytes
 constexpr int kForwardKeptBytes = 32;                  // of shared memory, beside the tiles
+constexpr int kHopperBarrierBytes = 64;                // the same of the kernels for sm_90a: eight mbarriers
 
 // One attention problem, forward or backward. Token counts are below 2**31; k, v and out share one half type.
 struct AttentionProblem {
@@ -63,16 +64,23 @@ struct ForwardParams {
   int32_t row_blocks;  // ceil(queries / rows of a tile)
 };
 
-// What a block of a forward kernel needs: kRows queries, one tile of `keys` keys and one of values. A warp owns
-// 16 * row_blocks() rows.
+enum class Made { kForAll, kForSmall /* multiprocessors of 100 KB */, kForHopper /* sm_90a */ };
+
+// What a block of a forward kernel needs: kRows queries and two tiles of `keys` keys, one of them of values (on Hopper
+// two of each). A warp owns 16 * row_blocks() rows; Hopper's has a warpgroup more, which copies.
 struct ForwardTiles {
   static constexpr int kRows = 128;
   int head_dim, keys;
+  Made made = Made::kForAll;
 
-  constexpr int row_blocks() const { return head_dim <= 128 ? 2 : 1; }  // 32 rows of 256 columns take every register
-  constexpr int threads() const { return 32 * kRows / (16 * row_blocks()); }
-  constexpr int blocks_per_sm() const { return head_dim <= 128 ? 2 : 1; }
-  constexpr int shared_bytes() const { return 2 * head_dim * (kRows + 2 * keys) + kForwardKeptBytes; }
+  constexpr bool hopper() const { return made == Made::kForHopper; }
+  // 32 rows of 256 columns take every register.
+  constexpr int row_blocks() const { return !hopper() && head_dim <= 128 ? 2 : 1; }
+  constexpr int threads() const { return 32 * kRows / (16 * row_blocks()) + (hopper() ? 128 : 0); }
+  constexpr int blocks_per_sm() const { return !hopper() && head_dim <= 128 ? 2 : 1; }
+  constexpr int shared_bytes() const {
+    return 2 * head_dim * (kRows + (hopper() ? 4 : 2) * keys) + (hopper() ? kHopperBarrierBytes : kForwardKeptBytes);
+  }
 };
 
 // Joins `splits` results over disjoint keys, at most 32.

@@ -34,6 +34,11 @@ int shared_memory(const Tensor& x) {
 
 int processors(const Tensor& x) { return attribute(x, cudaDevAttrMultiProcessorCount, "multiprocessor count"); }
 
+int capability(const Tensor& x) {
+  return 10 * attribute(x, cudaDevAttrComputeCapabilityMajor, "compute capability") +
+         attribute(x, cudaDevAttrComputeCapabilityMinor, "compute capability");
+}
+
 void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, const void* params, size_t,
             const std::vector<Tensor>& tensors, const std::vector<Tensor>&) {
   if (grid.x == 0 || grid.y == 0) return;

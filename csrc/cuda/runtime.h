@@ -38,6 +38,9 @@ bool available(const Kernel& kernel);
 int shared_memory(const torch::stable::Tensor& x);
 int processors(const torch::stable::Tensor& x);
 
+// Of x's device: 90 for 9.0.
+int capability(const torch::stable::Tensor& x);
+
 // One launch on the current stream of the tensors' device; throws where the runtime reports an error. `params` is the
 // kernel's one argument, a plain struct. tensors: what it points to; results: tensors that this launch fills entirely
 // and does not read.

@@ -16,8 +16,9 @@ def sources_digest() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
-def cuda_ptx(name: str, arch: str = "sm_80") -> str:
-    """The PTX of ``csrc/cuda/<name>.cu``."""
+def cuda_ptx(name: str) -> str:
+    """The PTX of ``csrc/cuda/<name>.cu``, of the oldest architecture that it is for."""
+    arch = "sm_90a" if name.startswith("hopper/") else "sm_80"
     kept = KEPT / f"{name.replace('/', '_')}.{arch}.{sources_digest()}.ptx"
     if not kept.exists():
         KEPT.mkdir(parents=True, exist_ok=True)

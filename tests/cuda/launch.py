@@ -82,23 +82,32 @@ def problem(
     return struct, {name: x for name, x in tensors.items() if x is not None}
 
 
-def forward(cuda_module, q, k, v, *, splits: int = 1, keys: int = 0, seed: int = 0, module=None, **options):
-    """out, lse and the counts of the forward kernel; with splits, of its parts joined by the merge kernel."""
+def forward(cuda_module, q, k, v, *, splits: int = 1, keys: int = 0, hopper: bool = False, seed: int = 0, module=None,
+            **options):  # fmt: skip
+    """out, lse and the counts of the forward kernel; with splits, of its parts joined by the merge kernel.
+
+    keys: 32 for the kernel of small multiprocessors at head_dim 128; hopper: the kernel for sm_90a.
+    """
     struct, tensors = problem(q, k, v, **options)
     batch, queries, heads, head_dim = q.shape
     name = f"{SHORT[v.dtype]}_d{head_dim}"
-    small = head_dim == 128 and keys == 32
-    tile_keys = 32 if small or head_dim == 256 else 64
     tile_rows = 128
+    if hopper:
+        entry, threads, tile_keys = f"rf_attention_forward_hopper_{name}", 384, 64 if head_dim == 256 else 128
+        shared = 2 * head_dim * (tile_rows + 4 * tile_keys) + 64
+    else:
+        small = head_dim == 128 and keys == 32
+        tile_keys = 32 if small or head_dim == 256 else 64
+        entry, threads = f"rf_attention_forward_{name}" + ("_k32" if small else ""), 256 if head_dim == 256 else 128
+        shared = 2 * head_dim * (tile_rows + 2 * tile_keys) + 32
     blocks = -(-queries // tile_rows)
     shape = (splits, *q.shape) if splits > 1 else q.shape
     out = torch.empty(shape, dtype=torch.float32 if splits > 1 else v.dtype)
     lse = torch.empty(*shape[:-4], batch, heads, queries)
     params = ForwardParams(struct, out.data_ptr(), lse.data_ptr(), splits, blocks)
-    module = module or cuda_module(f"forward/{name}")
+    module = module or cuda_module(f"{'hopper' if hopper else 'forward'}/{name}")
     counts = module.launch(
-        f"rf_attention_forward_{name}" + ("_k32" if small else ""), (blocks * heads * batch, splits),
-        (256 if head_dim == 256 else 128,), [bytes(params)], 2 * head_dim * (tile_rows + 2 * tile_keys) + 32, seed,
+        entry, (blocks * heads * batch, splits), (threads,), [bytes(params)], shared, seed,
         tensors=tensors | {"out": out, "lse": lse}, poison=["out", "lse"],
     )  # fmt: skip
     assert counts.unwritten == {"out": 0, "lse": 0}

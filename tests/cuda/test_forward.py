@@ -11,6 +11,7 @@ from rfkernels.arguments import Past
 from rfkernels.geometry import CacheGeometry, WindowMask
 
 BF16, FP16 = torch.bfloat16, torch.float16
+each_kernel = pytest.mark.parametrize("hopper", [False, True], ids=["sm_80", "sm_90a"])
 
 
 def padded(*size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -55,18 +56,20 @@ def run_prefix(cuda_module, dtype, head_dim, *, frames=3, size=(5, 9), ages=(2, 
     return counts
 
 
+@each_kernel
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_prefix(cuda_module, dtype, head_dim):
+def test_prefix(cuda_module, dtype, head_dim, hopper):
     """A stream with a missing frame, and one whose cache is full; grouped heads."""
-    counts = run_prefix(cuda_module, dtype, head_dim)
+    counts = run_prefix(cuda_module, dtype, head_dim, hopper=hopper)
     assert conflicts(counts, "ldmatrix", "cp.async") == 0  # the main loop's; filling and emptying q's tile has some
 
 
 @pytest.mark.parametrize("rope", [True, False], ids=["rope", "no rope"])
 @pytest.mark.parametrize("ages", [(7, 2), (12, 3)], ids=str)
 @pytest.mark.parametrize("splits", [1, 2])
-def test_chunk(cuda_module, rope, ages, splits):
+@each_kernel
+def test_chunk(cuda_module, rope, ages, splits, hopper):
     """Past and open chunk, in streams of different ages; the second has a missing frame or no past."""
     size, frames, head_dim, dtype = (3, 11), 3, 64, BF16
     tokens, geometry = size[0] * size[1], CacheGeometry(2, 5, size[0] * size[1])
@@ -84,7 +87,7 @@ def test_chunk(cuda_module, rope, ages, splits):
     rotated = reference.rotate(own_k, open_frames, rope_tables[0])
     results = [
         forward(cuda_module, q, past_k, past_v, own_k=rotated, own_v=own_v, num_frames=num_frames, rope=rope_tables[0],
-                frame_tokens=tokens, capacity=geometry.capacity, scale=0.1, splits=splits)[:2]
+                frame_tokens=tokens, capacity=geometry.capacity, scale=0.1, splits=splits, hopper=hopper)[:2]
     ]  # fmt: skip
     for d, table in ((torch.float64, rope_tables[1]), (dtype, rope_tables[0])):
         frames_of = [
@@ -108,7 +111,8 @@ MASKS = {
 
 @pytest.mark.parametrize("last_queries", [None, 77])
 @pytest.mark.parametrize("mask, size", MASKS.values(), ids=MASKS)
-def test_window(cuda_module, mask, size, last_queries):
+@each_kernel
+def test_window(cuda_module, mask, size, last_queries, hopper):
     keys, head_dim, dtype = 252, 64, BF16
     q = padded(1, last_queries or keys, 2, head_dim, dtype=dtype)
     k, v = (padded(1, keys, 1, head_dim, dtype=dtype) for _ in range(2))
@@ -117,22 +121,27 @@ def test_window(cuda_module, mask, size, last_queries):
     if size:
         frames = torch.arange(keys)[None] // rope_tables[0].frame_tokens
         rotated = reference.rotate(k, frames, rope_tables[0])
-    got = forward(cuda_module, q, rotated, v, mask=mask, rope=rope_tables[0], scale=0.2)[:2]
+    got = forward(cuda_module, q, rotated, v, mask=mask, rope=rope_tables[0], scale=0.2, hopper=hopper)[:2]
     plain = reference.sink_window_attention(q, k, v, rope_tables[0], mask, 0.2)
     exact = reference.sink_window_attention(q.double(), k.double(), v.double(), rope_tables[1], mask, 0.2)
     compare("window", got, exact, plain, dtype)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"rope": None, "ages": (0, 5)},
-        {"rope": "half", "ages": (3,), "heads": (1, 1), "keys": 32},
-        {"splits": 3, "ages": (9,), "q_dtype": torch.float32},
-        {"scale": -0.3, "ages": (4,)},
-        {"scale": 0.0, "ages": (4,)},
-    ],
-    ids=["empty", "half", "splits", "negative", "zero"],
-)
-def test_prefix_forms(cuda_module, options):
-    run_prefix(cuda_module, BF16, 128, **options)
+FORMS = {
+    "empty": {"rope": None, "ages": (0, 5)},
+    "half": {"rope": "half", "ages": (3,), "heads": (1, 1)},
+    "splits": {"splits": 3, "ages": (9,), "q_dtype": torch.float32},
+    "negative": {"scale": -0.3, "ages": (4,)},
+    "zero": {"scale": 0.0, "ages": (4,)},
+}
+
+
+@each_kernel
+@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
+def test_prefix_forms(cuda_module, options, hopper):
+    run_prefix(cuda_module, BF16, 128, hopper=hopper, **options)
+
+
+def test_tiles_of_32_keys(cuda_module):
+    """The kernel of multiprocessors with 100 KB of shared memory."""
+    run_prefix(cuda_module, BF16, 128, ages=(3,), heads=(1, 1), keys=32)

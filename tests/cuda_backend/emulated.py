@@ -8,11 +8,13 @@ kernel's name, its argument as bytes and the tensors that it points to, and runs
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -103,6 +105,17 @@ def load():
     load.library = library  # lives as long as the process
     torch.ops.load_library(str(_library()))
     return getattr(torch.ops, NAMESPACE)
+
+
+@contextmanager
+def capability(number: int) -> Iterator[None]:
+    """Within the block the host code takes kernels for that compute capability (90 for 9.0)."""
+    choose = ctypes.CDLL(str(_library())).rf_emulated_capability
+    choose(number)
+    try:
+        yield
+    finally:
+        choose(80)
 
 
 def _launch(kernel, grid, threads, shared_bytes, params, tensors, results) -> None:

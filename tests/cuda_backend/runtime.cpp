@@ -21,6 +21,12 @@ int shared_memory(const Tensor&) { return 164 * 1024; }  // of an A100
 
 int processors(const Tensor&) { return 8; }  // few, so that small tests both split and do not
 
+static int g_capability = 80;
+
+extern "C" __attribute__((visibility("default"))) void rf_emulated_capability(int number) { g_capability = number; }
+
+int capability(const Tensor&) { return g_capability; }
+
 void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, const void* params, size_t params_bytes,
             const std::vector<Tensor>& tensors, const std::vector<Tensor>& results) {
   if (grid.x == 0 || grid.y == 0) return;

@@ -53,6 +53,24 @@ def test_sink_window_attention(device, dtype, case):
     grid.run_window("cuda", device, dtype, case)
 
 
+HOPPER_CASES = {
+    "stream": (grid.run_life, grid.Life(2, 3, 2, head_dim=64, group=2, size=(3, 5))),
+    "chunk": (grid.run_chunk, grid.Chunk((5, 7), 2, 3, 2, head_dim=128, group=2)),
+    "window": (grid.run_window, next(case for case in grid.WINDOWS if case.size)._replace(head_dim=64)),
+}
+
+
+@pytest.mark.parametrize(("run", "case"), HOPPER_CASES.values(), ids=HOPPER_CASES)
+def test_the_kernels_of_hopper(device, emulated, run, case):
+    """Compute capability 9.0 takes them for every forward."""
+    if emulated is None:
+        pytest.skip("here the GPU decides")
+    with emulated.capability(90):
+        run("cuda", device, torch.bfloat16, case)
+    forwards = {name for name, _ in emulated.launches if name.startswith("rf_attention_forward")}
+    assert forwards == {f"rf_attention_forward_hopper_bf16_d{case.head_dim}"}
+
+
 @pytest.mark.parametrize("case", grid.LOSSES, ids=str)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
 def test_redmd_loss(device, dtype, case):

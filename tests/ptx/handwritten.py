@@ -8,10 +8,12 @@ WIDTHS = {torch.int16: "b16", torch.int32: "b32", torch.int64: "b64", torch.floa
 LETTERS = {"b8": "h", "b16": "h", "b32": "r", "b64": "d"}
 
 
-def program(body: str, parameters: str = ".param .u64 out", target: str = "sm_80", outside: str = "") -> str:
+def program(
+    body: str, parameters: str = ".param .u64 out", target: str = "sm_80", outside: str = "", directives: str = ""
+) -> str:
     """An entry ``test`` with registers %r, %h (16 bits), %d (64 bits), %f, %p and %tid.x in %r0."""
     return f"""{HEADER.format(target=target)}{outside}
-.visible .entry test({parameters})
+.visible .entry test({parameters}) {directives}
 {{
   .reg .pred %p<16>; .reg .b16 %h<64>; .reg .b32 %r<128>; .reg .b64 %d<64>; .reg .f32 %f<32>;
   mov.u32 %r0, %tid.x;

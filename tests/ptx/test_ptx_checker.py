@@ -227,3 +227,24 @@ def test_mbarriers(ptx):
             "uninitialised",
         )
         assert kind_of(ptx, body.format(barrier="", wait=wait), x, **options) in ("shared-hazard", "mbarrier")
+
+
+def test_an_mbarrier_that_nobody_completes(ptx):
+    """Spinning warps are told from an endless loop: nobody is left who could end the phase."""
+    body = """.shared .align 8 .b64 ready; setp.eq.u32 %p1, %r0, 0;
+    @%p1 mbarrier.init.shared::cta.b64 [ready], 2; bar.sync 0; @%p1 mbarrier.arrive.shared::cta.b64 _, [ready];
+    wait: mbarrier.try_wait.parity.shared::cta.b64 %p3, [ready], 0; @!%p3 bra wait;"""
+    assert kind_of(ptx, body, block=64, target="sm_90") == "mbarrier"
+
+
+@pytest.mark.parametrize(
+    "release, take, kind",
+    [(40, 240, "mbarrier"), (40, 228, "setmaxnreg"), (16, 232, "setmaxnreg"), (176, 168, "setmaxnreg")],
+)
+def test_registers_that_are_not_there(ptx, release, take, kind):
+    """More than was released never comes; numbers that no warp can have; the wrong direction."""
+    body = f"""setp.lt.u32 %p1, %r0, 128; @%p1 bra release; setmaxnreg.inc.sync.aligned.u32 {take}; bra done;
+    release: setmaxnreg.dec.sync.aligned.u32 {release}; done: bar.sync 0;"""
+    options = {"block": 384, "target": "sm_90a"}
+    assert kind_of(ptx, body, directives=".maxntid 384", **options) == kind
+    assert kind_of(ptx, body, **options) == "setmaxnreg"

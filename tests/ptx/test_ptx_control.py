@@ -7,10 +7,13 @@ from ptx.handwritten import program, run
 LANES = torch.arange(32, dtype=torch.int32)
 
 
-def launch(ptx, body, *tensors, block=32, grid=1, shared=0, seed=0, poison=(), outside="", target="sm_80", **options):
+def launch(
+    ptx, body, *tensors, block=32, grid=1, shared=0, seed=0, poison=(), outside="", target="sm_80", directives="",
+    **options,
+):  # fmt: skip
     parameters = ", ".join(f".param .u64 p{k}" for k in range(len(tensors)))
     loads = "\n".join(f"ld.param.u64 %d{40 + k}, [p{k}];" for k in range(len(tensors)))
-    module = ptx.Module(program(loads + body, parameters, target, outside))
+    module = ptx.Module(program(loads + body, parameters, target, outside, directives))
     args = {f"p{k}": tensor for k, tensor in enumerate(tensors)}
     return module.launch("test", (grid,), (block,), args, shared, seed, poison=poison, **options)
 
@@ -187,6 +190,35 @@ def test_mbarrier_hands_data_over(ptx):
     for seed in range(5):
         launch(ptx, body, out, block=64, seed=seed, poison=["p0"], target="sm_90")
         assert out.tolist() == [lane ^ 1 for lane in range(32)]
+
+
+def test_mbarrier_waits_for_copies(ptx):
+    """Warp 0 copies and goes on; the arrivals come with the copies, of every thread, counted or not (.noinc)."""
+    source, out = torch.arange(128, dtype=torch.int32), torch.empty(32, dtype=torch.int32)
+    body = """.shared .align 8 .b64 ready; .shared .align 16 .b8 buffer[512]; mov.u32 %r9, buffer;
+    setp.eq.u32 %p1, %r0, 0; @%p1 mbarrier.init.shared::cta.b64 [ready], {count}; bar.sync 0;
+    setp.ge.u32 %p2, %r0, 32; @%p2 bra wait; shl.b32 %r1, %r0, 4; cvt.u64.u32 %d1, %r1; add.u64 %d1, %d1, %d40;
+    add.u32 %r1, %r1, %r9; cp.async.cg.shared.global [%r1], [%d1], 16;
+    cp.async.mbarrier.arrive{noinc}.shared::cta.b64 [ready]; {more} ret;
+    wait: mbarrier.try_wait.parity.shared::cta.b64 %p3, [ready], 0; @!%p3 bra wait;
+    and.b32 %r8, %r0, 31; mul.wide.u32 %d2, %r8, 4; shl.b32 %r1, %r8, 2; add.u32 %r1, %r1, %r9;
+    ld.shared.u32 %r2, [%r1]; add.u64 %d2, %d2, %d41; st.global.u32 [%d2], %r2;"""
+    forms = [
+        {"count": 32, "noinc": ".noinc", "more": ""},
+        {"count": 1, "noinc": "", "more": "bar.warp.sync -1; @%p1 mbarrier.arrive.shared::cta.b64 _, [ready];"},
+    ]
+    for form in forms:
+        for seed in range(3):
+            launch(ptx, body.format(**form), source, out, block=64, seed=seed, poison=["p1"], target="sm_90")
+            assert out.tolist() == list(range(32))
+
+
+def test_registers_change_hands(ptx):
+    """168 registers a thread at the launch of 384: what one warpgroup releases, two take."""
+    body = """setp.lt.u32 %p1, %r0, 128; @%p1 bra release; setmaxnreg.inc.sync.aligned.u32 232; bra done;
+    release: setmaxnreg.dec.sync.aligned.u32 40; done: bar.sync 0;"""
+    for seed in range(3):
+        launch(ptx, body, block=384, seed=seed, target="sm_90a", directives=".maxntid 384")
 
 
 def test_cp_async_fills_with_zeros(ptx):

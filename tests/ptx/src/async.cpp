@@ -161,6 +161,7 @@ bool decode_mbarrier(Decoder& d, const Statement& s, Instruction& i) {
   if (what == "arrive") i.run = arrive;
   if (what == "test_wait" || what == "try_wait") i.run = test;
   i.flag = s.has("parity");
+  i.polls = i.run == test;
   if (i.run) d.bind(s, i, i.run == arrive || i.run == test ? 1 : 0);
   return i.run != nullptr;
 }

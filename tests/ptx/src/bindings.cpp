@@ -39,7 +39,7 @@ struct LoadedModule {
       for (const auto& [variable, bytes] : storage) globals[variable] = address(variable);
       auto decoded = std::make_unique<Program>();
       Decoder(module, entry(name), *decoded, globals).run();
-      for (const Instruction& i : decoded->code) decoded->uses_wgmma |= i.statement->opcode == "wgmma";
+      for (const Instruction& i : decoded->code) decoded->uses_wgmma |= i.is_wgmma;
       program = std::move(decoded);
     }
     return *program;

@@ -101,6 +101,22 @@ void block_barrier(Warp& w, const Instruction& i, Mask mask) {
   if (barrier.arrived >= (expected ? expected : live_threads(block))) complete_barrier(block, barrier);
 }
 
+// A warp takes registers only from what others of its block have released: the launch gives all there are.
+void set_registers(Warp& w, const Instruction& i, Mask) {
+  if (i.register_goal < 24 || i.register_goal > 256 || i.register_goal % 8)
+    fail(w, i, "setmaxnreg",
+         "registers must be a multiple of 8 from 24 to 256, not " + std::to_string(i.register_goal));
+  if (!w.register_count)
+    fail(w, i, "setmaxnreg", "needs an entry that says how many threads it is launched with (.maxntid)");
+  const int more = i.register_goal - w.register_count;
+  if (i.flag ? more < 0 : more > 0)
+    fail(w, i, "setmaxnreg",
+         i.statement->full_name + " to " + std::to_string(i.register_goal) + " registers from " +
+             std::to_string(w.register_count));
+  w.block->free_registers -= int64_t(more) * kLanes;
+  w.register_count = i.register_goal;
+}
+
 void warp_barrier(Warp& w, const Instruction&, Mask) { w.release(); }
 
 void proxy_fence(Warp& w, const Instruction&, Mask) {
@@ -162,7 +178,15 @@ bool decode_control(Decoder& d, const Statement& s, Instruction& i) {
     i.run = nothing;  // memory is sequentially consistent here; races are found by clocks, which fences do not join
     return true;
   }
-  if (op == "nanosleep" || op == "griddepcontrol" || op == "setmaxnreg" || op == "pmevent") {
+  if (op == "setmaxnreg") {
+    i.category = "hint";
+    i.sync = Sync::Full;
+    i.register_goal = int(s.operands.at(0).bits);
+    i.flag = s.has("inc");
+    i.run = set_registers;
+    return i.flag || s.has("dec");
+  }
+  if (op == "nanosleep" || op == "griddepcontrol" || op == "pmevent") {
     i.category = "hint";
     i.run = nothing;
     return true;

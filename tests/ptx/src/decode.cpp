@@ -21,8 +21,7 @@ Decoder::Decoder(const Module& module, const Entry& entry, Program& program, std
   program_.registers = int(entry.registers.size());
   sink_ = program_.registers++;
   for (size_t i = 0; i < entry.registers.size(); ++i)
-    if (entry.registers[i].name[0] == '%' && entry.registers[i].bits == 32)
-      program_.specials.push_back({int(i), entry.registers[i].name});
+    if (is_special_register(entry.registers[i].name)) program_.specials.push_back({int(i), entry.registers[i].name});
 }
 
 void Decoder::run() {

@@ -76,6 +76,8 @@ class BlockRun {
     block_.coordinates[2] = index / launch_.grid[0] / launch_.grid[1];
     for (Barrier& barrier : block_.barriers) barrier = Barrier();
     block_.mbarriers.clear();
+    block_.free_registers = 0;
+    idle_ = 0;
     const int64_t shared = program_.dynamic_base - kSharedBase + launch_.dynamic_shared;
     block_.shared.reset(shared, int(block_.warps.size()));
     for (Warp& w : block_.warps) {
@@ -91,9 +93,20 @@ class BlockRun {
       w.busy.assign(size_t(program_.registers), 0);
       w.dirty.assign(size_t(program_.registers), 1);  // the first wgmma needs a fence before it
       w.busy_count = 0;
+      w.register_count = registers_at_launch();
       for (const auto& [slot, name] : program_.specials)
         for (int l = 0; l < kLanes; ++l) w.lanes(slot)[l] = special(w, name, l);
     }
+  }
+
+  // Of a thread, where the entry bounds its threads: what ptxas may use, in the units in which they are given out.
+  int registers_at_launch() const {
+    const Entry& entry = *program_.entry;
+    const int* bound = entry.required_threads[0] ? entry.required_threads : entry.max_threads;
+    if (entry.max_registers) return entry.max_registers / 8 * 8;
+    if (!bound[0]) return 0;
+    const int warps = (bound[0] * bound[1] * bound[2] + kLanes - 1) / kLanes;
+    return std::min(65536 / (entry.min_ctas * warps * kLanes), 256) / 8 * 8;
   }
 
   uint32_t special(const Warp& w, const std::string& name, int lane) const {
@@ -226,6 +239,11 @@ class BlockRun {
       if (skipping.mask) w.groups.push_back(skipping);
       return true;
     }
+    if (i.register_goal > w.register_count && i.flag && w.register_count &&
+        int64_t(i.register_goal - w.register_count) * kLanes > block_.free_registers) {
+      spin();
+      return false;  // until another warp has released as many
+    }
     if (w.busy_count) check_registers(w, i);
     const size_t at = size_t(group.pc);
     ++group.pc;
@@ -233,6 +251,11 @@ class BlockRun {
     launch_.counters.lanes[at] += uint64_t(std::popcount(lanes));
     if (++steps_ > launch_.step_limit)
       throw located(Error("step-limit", "the launch ran more instructions than its limit: an endless loop?"), i);
+    if (i.polls) {
+      spin();
+    } else if (i.target < 0) {
+      idle_ = 0;
+    }
     if (lanes) {
       if (i.sync == Sync::Members) {
         run_members(w, i, lanes);
@@ -240,12 +263,18 @@ class BlockRun {
         i.run(w, i, lanes);
       }
     }
-    if (program_.uses_wgmma && i.statement->opcode != "wgmma") {  // reads too: wgmma.fence orders every access
+    if (program_.uses_wgmma && !i.is_wgmma) {  // reads too: wgmma.fence orders every access
       for (const int slot : i.source) w.dirty[size_t(slot)] = 1;
       for (const int slot : i.destination) w.dirty[size_t(slot)] = 1;
     }
     if (!w.group().mask) return leave(w);
     return w.groups[0].state != Group::Waiting;
+  }
+
+  // Warps that spin on an mbarrier or wait for registers do nothing else, not even for one another.
+  void spin() {
+    if (++idle_ > 200'000)
+      throw Error("mbarrier", "deadlock: every warp that is left waits for an mbarrier or for registers");
   }
 
   // Different halves of a warp may use different member masks at one instruction.
@@ -258,7 +287,7 @@ class BlockRun {
   }
 
   void check_registers(Warp& w, const Instruction& i) const {
-    if (i.statement->opcode == "wgmma") return;
+    if (i.is_wgmma) return;
     for (const int slot : i.source)
       if (w.busy[size_t(slot)] == 2) fail(w, i, "in-flight", "read of a register that a wgmma in flight writes");
     for (const int slot : i.destination)
@@ -287,7 +316,7 @@ class BlockRun {
   Launch& launch_;
   const Program& program_;
   Block block_;
-  uint64_t steps_ = 0;
+  uint64_t steps_ = 0, idle_ = 0;
 };
 
 }  // namespace

@@ -44,6 +44,9 @@ struct Instruction {
   int mode = 0, submode = 0;
   Rounding rounding = Rounding::Nearest;
   bool flush_subnormals = false, saturate = false, flag = false, negated = false;
+  bool is_wgmma = false;
+  bool polls = false;     // changes nothing but whether its warp goes on: a warp that spins runs it again and again
+  int register_goal = 0;  // of setmaxnreg
   Access access = Access::Read;
   const Statement* statement = nullptr;
   const char* category = "other";  // of the counters
@@ -119,6 +122,7 @@ struct Warp {
   WgmmaGroup wgmma_open;
   std::vector<uint8_t> busy, dirty;  // registers in flight; accessed since the last wgmma.fence
   int busy_count = 0;
+  int register_count = 0;  // of a thread: what the warp was launched with, or setmaxnreg's last; 0: not known
 
   uint64_t* lanes(int slot) { return registers.data() + size_t(slot) * kLanes; }
   int thread(int lane) const { return index * kLanes + lane; }
@@ -150,6 +154,7 @@ struct Block {
   std::vector<Warp> warps;
   Barrier barriers[16];
   std::unordered_map<int64_t, MBarrier> mbarriers;
+  int64_t free_registers = 0;  // released by setmaxnreg.dec
   SharedMemory shared;
   std::vector<uint8_t> local;
 };

@@ -14,6 +14,8 @@ int type_bits(const std::string& type) {
   return digits == std::string::npos ? 0 : std::atoi(type.c_str() + digits);
 }
 
+}  // namespace
+
 bool is_special_register(const std::string& name) {
   static const char* const kNames[] = {"%tid.x",           "%tid.y",           "%tid.z",
                                        "%ntid.x",          "%ntid.y",          "%ntid.z",
@@ -28,6 +30,8 @@ bool is_special_register(const std::string& name) {
     if (name == known) return true;
   return false;
 }
+
+namespace {
 
 class Parser {
  public:
@@ -206,7 +210,9 @@ class Parser {
           counts[i++] = int(integer());
         } while (i < 3 && accept(","));
       } else if (peek().kind == Token::Integer) {
-        integer();  // .minnctapersm 2, .maxnreg 128
+        const int count = int(integer());
+        if (directive == ".minnctapersm") entry_.min_ctas = count;
+        if (directive == ".maxnreg") entry_.max_registers = count;
         while (accept(",")) integer();
       }
     }

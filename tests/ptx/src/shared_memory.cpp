@@ -24,15 +24,16 @@ void SharedMemory::reset(int64_t bytes, int warps) {
 }
 
 void SharedMemory::bounds(int64_t offset, int bytes) const {
+  if (offset >= kSharedBase && offset + bytes <= kSharedBase + this->bytes() && offset % bytes == 0) return;
   const std::string what = std::to_string(bytes) + " bytes at " + std::to_string(offset) + " of shared memory [" +
                            std::to_string(kSharedBase) + ", " + std::to_string(kSharedBase + this->bytes()) + ")";
   if (offset < kSharedBase || offset + bytes > kSharedBase + this->bytes())
     throw Error("out-of-bounds", "shared access out of bounds: " + what);
-  if (offset % bytes) throw Error("misaligned", "misaligned shared access: " + what);
+  throw Error("misaligned", "misaligned shared access: " + what);
 }
 
 void SharedMemory::check(const Who& who, int64_t offset, int bytes, Access kind, const void* stored) {
-  if (offset < kSharedBase || offset + bytes > kSharedBase + this->bytes() || offset % bytes) bounds(offset, bytes);
+  bounds(offset, bytes);
   const size_t begin = size_t(offset - kSharedBase);
   if (writes(kind)) {
     const bool same = stored && std::memcmp(stored, data_.data() + begin, size_t(bytes)) == 0;

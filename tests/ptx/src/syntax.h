@@ -56,6 +56,7 @@ struct Entry {
   std::vector<Statement> code;
   std::map<int, std::string> labels;  // statement index to name: where basic blocks begin
   int required_threads[3] = {0, 0, 0}, max_threads[3] = {0, 0, 0};
+  int min_ctas = 1, max_registers = 0;  // 0: not given
   int64_t parameter_bytes = 0;
 };
 
@@ -67,5 +68,7 @@ struct Module {
 };
 
 Module parse(const std::string& text);
+
+bool is_special_register(const std::string& name);  // %tid.x and the like
 
 }  // namespace ptx

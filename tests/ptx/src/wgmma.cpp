@@ -165,6 +165,7 @@ void wait(Warp& w, const Instruction& i, Mask) {
 bool decode_wgmma(Decoder& d, const Statement& s, Instruction& i) {
   if (s.opcode != "wgmma" || s.modifiers.empty()) return false;
   i.sync = Sync::Full;
+  i.is_wgmma = true;
   i.category = "barrier";
   if (s.modifiers[0] == "fence") i.run = fence;
   if (s.modifiers[0] == "commit_group") i.run = commit;
