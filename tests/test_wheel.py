@@ -61,6 +61,14 @@ def kept_build(setup_py) -> dict[str, str]:
     pytest.skip("the build that this session's library comes from is not kept under build/ (-m slow compiles one)")
 
 
+@pytest.fixture(scope="module")
+def source_distribution(setup_py, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "setup.py", "-q", "egg_info", "-e", folder, "sdist", "-d", folder, cwd=ROOT)
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
 @pytest.fixture(scope="module", params=["kept build", pytest.param("compiled", marks=pytest.mark.slow)])
 def wheel(request, setup_py, tmp_path_factory) -> Path:
     for module in ("pip", "wheel", "pybind11"):
@@ -74,9 +82,7 @@ def wheel(request, setup_py, tmp_path_factory) -> Path:
         made = ["bdist_wheel", "-b", folder / "bdist", "-d", folder]
         run(sys.executable, "setup.py", "-q", *bases, *made, cwd=ROOT, **environment)
     else:
-        run(sys.executable, "setup.py", "-q", "egg_info", "-e", folder, "sdist", "-d", folder, cwd=ROOT)
-        (archive,) = folder.glob("*.tar.gz")
-        with tarfile.open(archive) as packed:
+        with tarfile.open(request.getfixturevalue("source_distribution")) as packed:
             packed.extractall(folder / "source", filter="data")
         (source,) = (folder / "source").iterdir()
         command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, source]
@@ -88,16 +94,23 @@ def wheel(request, setup_py, tmp_path_factory) -> Path:
 # --- what it holds ----------------------------------------------------------------------------------------------------
 
 
+def files_under(*folders: str) -> set[str]:
+    """Files of the tree, but for what a build or Python leaves there."""
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    return {path.relative_to(ROOT).as_posix() for path in paths if path.suffix not in (".so", ".pyc", ".new")}
+
+
+def test_a_source_distribution_holds_what_builds_and_tests_need(source_distribution):
+    with tarfile.open(source_distribution) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    single = {"setup.py", "pyproject.toml", "CMakeLists.txt", "Makefile", "README.md", "CHANGELOG.md", "LICENSE"}
+    missing = (single | files_under("csrc", "rfkernels", "benchmarks", "tests", "docs")) - names
+    assert not missing
+
+
 def test_it_holds_the_package_its_sources_and_its_licence(wheel):
     """Every file of the tree that belongs in it, the compiled part, and nothing else."""
-    packaged = [
-        path
-        for folder, pattern in (("rfkernels", "**/*"), ("csrc", "**/*"), ("benchmarks", "*"))
-        for path in (ROOT / folder).glob(pattern)
-        if path.is_file() and path.suffix not in (".so", ".pyc", ".new")
-    ]
-    expected = {path.relative_to(ROOT).as_posix() for path in packaged}
-    expected = {name if name.startswith("rfkernels/") else f"rfkernels/{name}" for name in expected}
+    expected = files_under("rfkernels") | {f"rfkernels/{name}" for name in files_under("csrc", "benchmarks")}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
