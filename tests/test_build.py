@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from setuptools import Distribution, Extension
 
 from rfkernels import native
 from rfkernels.backends import cuda
@@ -74,18 +73,20 @@ def test_tools_beside_the_interpreter_are_found(setup_py, monkeypatch, tmp_path)
 
 def test_settings_and_jobs_reach_cmake(setup_py, monkeypatch, tmp_path):
     """Lists with any separators, MAX_JOBS compilers at a time, and a folder for each choice of settings."""
+    setuptools = pytest.importorskip("setuptools")
     commands, folders = [], set()
     monkeypatch.setattr(setup_py, "ROOT", tmp_path)
     monkeypatch.setattr(setup_py.subprocess, "check_call", commands.append)
     monkeypatch.setattr(setup_py.subprocess, "check_output", lambda *_, **__: "/pybind11\n")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX;12.0")
     monkeypatch.setenv("RFKERNELS_HEAD_DIMS", "64, 128")
+    extension = setuptools.Extension("rfkernels._C", [])
     for jobs, expected in (("3", "3"), ("", str(os.cpu_count()))):
         monkeypatch.setenv("MAX_JOBS", jobs)
-        command = setup_py.CMakeBuild(Distribution({"ext_modules": [Extension("rfkernels._C", [])]}))
+        command = setup_py.CMakeBuild(setuptools.Distribution({"ext_modules": [extension]}))
         command.build_lib = str(tmp_path / "lib")
         command.ensure_finalized()
-        command.build_extension(command.extensions[0])
+        command.build_extension(extension)
         configure, build = commands[-2:]
         assert "-DRF_CUDA_ARCHITECTURES=8.0;9.0+PTX;12.0" in configure and "-DRF_CUDA_HEAD_DIMS=64;128" in configure
         assert f"-DRF_TORCH_VERSION={torch.__version__}" in configure
