@@ -3,7 +3,8 @@
 #   tests/check_installs.sh cpu       CPU-only torch 2.13, no nvcc: compiled CPU kernels
 #   tests/check_installs.sh python    torch 2.9: Python-only, saying so
 #   tests/check_installs.sh versions  a wheel with CUDA kernels, built beside the torch of $PYTHON (default: .venv's),
-#                                     used with CPU-only torch 2.13; and one built with that, without nvcc, the other way
+#                                     used with CPU-only torch 2.13; and one built with that, without nvcc, the other way.
+#                                     WHEEL=... is used instead of building the first
 # Needs a package index (minutes; "python" downloads several GB where 2.9 has no small build). TORCH=... picks another.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -37,9 +38,12 @@ if [ "$mode" != versions ]; then
 fi
 
 # Built beside the newer torch, with nvcc; used with the older one.
-TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-8.0+PTX} RFKERNELS_HEAD_DIMS=${RFKERNELS_HEAD_DIMS:-64} \
-  "$newer" -m pip wheel -q --no-build-isolation --no-deps -w "$work/cuda" "$work/source"
-"$work/torch/bin/pip" install -q "$work"/cuda/*.whl
+if [ -z "${WHEEL:-}" ]; then
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-8.0+PTX} RFKERNELS_HEAD_DIMS=${RFKERNELS_HEAD_DIMS:-64} \
+    "$newer" -m pip wheel -q --no-build-isolation --no-deps -w "$work/cuda" "$work/source"
+  WHEEL=$(echo "$work"/cuda/*.whl)
+fi
+"$work/torch/bin/pip" install -q "$WHEEL"
 use "$work/torch" "$expected" cuda
 
 # Built with the older torch, without nvcc; used beside the newer one, whose packages a fresh environment borrows.
