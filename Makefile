@@ -25,8 +25,10 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
+# -v: what is compiled and what is left out is said while it happens. Modules of earlier builds must not get in.
 wheel: $(VENV)/.tools
-	$(BIN)/pip wheel --no-build-isolation --no-deps -w dist .
+	rm -rf build/lib* build/bdist*
+	$(BIN)/pip wheel -v --no-build-isolation --no-deps -w dist .
 
 $(VENV)/.tools: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,5 +1,6 @@
 """Builds the compiled part with CMake and ninja where that is possible, and says what is left out where it is not."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -56,6 +57,11 @@ def find_compiler():
     return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++", "cl"))), None)
 
 
+def tool(name):
+    """cmake or ninja: on PATH, or beside an interpreter whose environment is not activated."""
+    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts")) or name
+
+
 def why_python_only():
     """The reason why nothing can be compiled here, or None."""
     torch = find_torch()
@@ -68,6 +74,26 @@ def why_python_only():
     return None
 
 
+def settings():
+    """What CMakeLists.txt is asked to build, and for what."""
+    folder, version = find_torch()
+    return {
+        "RF_TORCH_DIR": folder,
+        "RF_TORCH_VERSION": version,
+        "RF_TORCH_CUDA": torch_cuda(folder),
+        "RF_NVCC": find_nvcc() or "",
+        "RF_CUDA_ARCHITECTURES": listed("TORCH_CUDA_ARCH_LIST"),
+        "RF_CUDA_HEAD_DIMS": listed("RFKERNELS_HEAD_DIMS"),
+    }
+
+
+def build_folder(chosen):
+    """One folder for each choice of settings, kept: what has not changed is not compiled again."""
+    choice = ROOT, find_compiler(), sys.prefix, sys.implementation.cache_tag, *chosen.values()
+    digest = hashlib.sha256("\n".join(map(str, choice)).encode())
+    return ROOT / "build" / f"cmake-{digest.hexdigest()[:8]}"
+
+
 class CMakeBuild(build_ext):
     def copy_extensions_to_source(self):  # in-place and editable builds
         super().copy_extensions_to_source()
@@ -77,27 +103,21 @@ class CMakeBuild(build_ext):
             os.replace(fresh, ROOT / "rfkernels" / library.name)
 
     def build_extension(self, ext):
-        folder, version = find_torch()
-        build = Path(self.build_temp).resolve()
-        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        chosen = settings()
+        build, target = build_folder(chosen), Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build.mkdir(parents=True, exist_ok=True)
         target.mkdir(parents=True, exist_ok=True)
-        pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
-        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        options = {
+        pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True)
+        tools = {  # of an isolated build they lie elsewhere each time
             "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": tool("ninja"),
             "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11,
-            "RF_TORCH_DIR": folder,
-            "RF_TORCH_VERSION": version,
-            "RF_TORCH_CUDA": torch_cuda(folder),
-            "RF_NVCC": find_nvcc() or "",
-            "RF_CUDA_ARCHITECTURES": listed("TORCH_CUDA_ARCH_LIST"),
-            "RF_CUDA_HEAD_DIMS": listed("RFKERNELS_HEAD_DIMS"),
+            "pybind11_DIR": pybind11.strip(),
         }
-        defines = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.check_call(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *defines])
-        subprocess.check_call(["cmake", "--build", str(build), "--parallel", jobs])
+        defines = [f"-D{name}={value}" for name, value in (chosen | tools).items()]
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        subprocess.check_call([tool("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *defines])
+        subprocess.check_call([tool("cmake"), "--build", str(build), "--parallel", jobs])
         for library in (*build.glob("rfkernels_kernels.*"), *build.glob("_C.*")):
             if library.suffix in (".so", ".pyd", ".dylib"):
                 shutil.copy2(library, target)
@@ -107,9 +127,10 @@ reason = why_python_only()
 if reason:
     print(f"rfkernels: Python-only build: {reason}", file=sys.stderr)
 setup(
-    # A wheel carries benchmarks/ within the package, for python -m rfkernels bench; its modules import relatively.
-    packages=[*find_packages(include=["rfkernels*"]), "rfkernels.benchmarks"],
-    package_dir={"rfkernels.benchmarks": "benchmarks"},
+    # A wheel carries within the package: benchmarks/, for python -m rfkernels bench (its modules import relatively),
+    # and csrc/, the sources of what is compiled in it.
+    packages=[*find_packages(include=["rfkernels*"]), "rfkernels.benchmarks", "rfkernels.csrc"],
+    package_dir={"rfkernels.benchmarks": "benchmarks", "rfkernels.csrc": "csrc"},
     ext_modules=[] if reason else [Extension("rfkernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

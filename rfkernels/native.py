@@ -39,18 +39,19 @@ missing: str | None = _load()
 """Why the compiled kernels are missing, or None where they are loaded."""
 
 
-def _cuda() -> tuple[str | None, str, tuple[int, ...]]:
-    """Why there are no CUDA kernels (None: there are), and the architectures and head sizes they were built for."""
+def _cuda() -> tuple[str | None, str, str, tuple[int, ...]]:
+    """Why there are no CUDA kernels (None: there are), and the CUDA, architectures and head sizes of their build."""
     if missing is not None:
-        return missing, "", ()
+        return missing, "", "", ()
     from . import _C
 
     reason = None if _C.cuda else f"built without CUDA kernels: {_C.cuda_reason}"
-    return reason, _C.cuda_architectures, tuple(int(d) for d in filter(None, _C.cuda_head_dims.split(", ")))
+    head_dims = tuple(int(d) for d in filter(None, _C.cuda_head_dims.split(", ")))
+    return reason, _C.cuda, _C.cuda_architectures, head_dims
 
 
-cuda_missing, cuda_architectures, cuda_head_dims = _cuda()
-"""Why the CUDA kernels are missing, or None; what they were built for, e.g. ``"8.0, 9.0+PTX"`` and ``(64, 128)``."""
+cuda_missing, cuda_version, cuda_architectures, cuda_head_dims = _cuda()
+"""Why the CUDA kernels are missing, or None; their build, e.g. ``"13.0"``, ``"8.0, 9.0+PTX"`` and ``(64, 128)``."""
 
 
 def cuda_runs_on(capability: tuple[int, int]) -> bool:

@@ -1,5 +1,8 @@
 """One fixture decides where tests run: on a GPU where there is one, else on the CPU."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -23,3 +26,18 @@ def backend(request):
     """Every backend that works here; the test runs within ``use_backend``."""
     with rf.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def setup_py():
+    """setup.py as a module, without its setup() call."""
+    setuptools = pytest.importorskip("setuptools")
+    source = Path(__file__).parents[1] / "setup.py"
+    if not source.exists():
+        pytest.skip("no source tree beside the tests")
+    spec = importlib.util.spec_from_file_location("rfkernels_setup", source)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **_: None)
+        spec.loader.exec_module(module)
+    return module

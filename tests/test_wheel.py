@@ -1,103 +1,246 @@
-"""The build's answers about CUDA, and what lies in a built library."""
+"""The wheel: made by the same setup.py, CMake and ninja as `make wheel`, installed in a fresh environment, used from
+another folder.
 
+The default run makes it in the folder that this session's build was made in, so that nothing is compiled, and for the
+architectures and head sizes of that build; with ``-m slow`` it is compiled too, from a source distribution. The fresh
+environment finds torch in the running one's site-packages: another torch is the subject of check_installs.sh.
+"""
+
+import base64
+import csv
+import hashlib
 import importlib.util
+import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
+from collections import defaultdict
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
-import torch
 
+import rfkernels as rf
 from rfkernels import native
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 
 
-def configure(tmp_path: Path, nvcc: str, torch_cuda: str) -> subprocess.CompletedProcess:
-    cmake = pytest.importorskip("cmake")
-    if not (ROOT / "CMakeLists.txt").exists():
-        pytest.skip("no source tree beside the tests")
-    pybind11 = pytest.importorskip("pybind11").get_cmake_dir()
-    options = {
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11,
-        "RF_TORCH_DIR": Path(torch.__file__).parent,
-        "RF_TORCH_VERSION": "2.14.1",
-        "RF_TORCH_CUDA": torch_cuda,
-        "RF_NVCC": nvcc,
-    }
-    command = [Path(cmake.CMAKE_BIN_DIR) / "cmake", "-G", "Ninja", "-S", ROOT, "-B", tmp_path / "build"]
-    command += [f"-D{name}={value}" for name, value in options.items()]
-    command += [f"-DCMAKE_MAKE_PROGRAM={Path(sys.executable).parent / 'ninja'}"]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+def run(*command, cwd: Path, **environment: str) -> str:
+    """stdout; the environment is the running one without what points Python at other packages."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=kept | environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
 
 
-def fake_nvcc(folder: Path, release: str) -> str:
-    """Says that it is of a release, and that its toolkit lies in ``folder``."""
-    for name in ("lib64/libcudart_static.a", "include/cuda_runtime_api.h"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    nvcc = folder / "nvcc"
-    release = f'echo "Cuda compilation tools, release {release}, V{release}.1"'
-    nvcc.write_text(f'#!/bin/sh\n{release}\necho "#$ TOP={folder}" >&2\n')
-    nvcc.chmod(0o755)
-    return str(nvcc)
+# --- making it --------------------------------------------------------------------------------------------------------
 
 
-def test_another_major_version_of_cuda_stops_the_build(tmp_path):
-    done = configure(tmp_path, fake_nvcc(tmp_path, "12.8"), "13.0")
-    said = " ".join(done.stderr.split())
-    assert done.returncode != 0 and "nvcc is of CUDA 12.8" in said and "CUDA 13.0" in said, said
+def kept_build(setup_py) -> dict[str, str]:
+    """The environment variables that this session's compiled part was built with; skips where its folder is gone."""
+    if native.missing is not None:
+        pytest.skip(native.missing)
+    from rfkernels import _C
+
+    (loaded,) = Path(native.__file__).parent.glob("rfkernels_kernels.*")
+    sources = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    variables = {"TORCH_CUDA_ARCH_LIST": _C.cuda_architectures, "RFKERNELS_HEAD_DIMS": _C.cuda_head_dims}
+    for environment in (variables, dict.fromkeys(variables, "")):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            library = setup_py.build_folder(setup_py.settings()) / loaded.name
+        if library.exists() and library.read_bytes() == loaded.read_bytes():
+            if library.stat().st_mtime < max(path.stat().st_mtime for path in sources):
+                pytest.skip("csrc/ is newer than its build: install again (or -m slow, which compiles)")
+            return environment
+    pytest.skip("the build that this session's library comes from is not kept under build/ (-m slow compiles one)")
 
 
-def test_a_minor_difference_warns(tmp_path):
-    done = configure(tmp_path, fake_nvcc(tmp_path, "13.2"), "13.0")
-    said = " ".join(done.stderr.split())
-    assert done.returncode == 0 and "CUDA 13.2" in said and "a minor difference" in said, said
+@pytest.fixture(scope="module")
+def source_distribution(setup_py, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "setup.py", "-q", "egg_info", "-e", folder, "sdist", "-d", folder, cwd=ROOT)
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
 
 
-def test_without_nvcc_it_builds_for_the_cpu_and_says_so(tmp_path):
-    done = configure(tmp_path, "", "13.0")
-    assert done.returncode == 0 and "CPU kernels only: no nvcc was found" in done.stdout, done.stdout + done.stderr
+@pytest.fixture(scope="module", params=["kept build", pytest.param("compiled", marks=pytest.mark.slow)])
+def wheel(request, setup_py, tmp_path_factory) -> Path:
+    for module in ("pip", "wheel", "pybind11"):
+        pytest.importorskip(module, reason=f"{module} is needed to make a wheel")
+    if not all(shutil.which(setup_py.tool(name)) for name in ("cmake", "ninja")):
+        pytest.skip("cmake and ninja are needed to make a wheel")
+    folder = tmp_path_factory.mktemp("wheel")
+    if request.param == "kept build":
+        environment = kept_build(setup_py)
+        bases = ["egg_info", "-e", folder, "build", "-b", folder / "build"]  # nothing of it in the source tree
+        made = ["bdist_wheel", "-b", folder / "bdist", "-d", folder]
+        run(sys.executable, "setup.py", "-q", *bases, *made, cwd=ROOT, **environment)
+    else:
+        with tarfile.open(request.getfixturevalue("source_distribution")) as packed:
+            packed.extractall(folder / "source", filter="data")
+        (source,) = (folder / "source").iterdir()
+        command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, source]
+        run(*command, cwd=folder, TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX", RFKERNELS_HEAD_DIMS="64")
+    (found,) = folder.glob("*.whl")
+    return found
 
 
-@pytest.mark.parametrize(
-    "built, capability, runs",
-    [
-        ("8.0, 9.0+PTX, 12.0+PTX", (8, 0), True),
-        ("8.0, 9.0+PTX, 12.0+PTX", (8, 9), True),
-        ("8.0, 9.0+PTX, 12.0+PTX", (10, 0), True),  # B200: by the PTX of 9.0
-        ("8.0, 12.0+PTX", (10, 0), False),  # newer PTX is refused
-        ("8.0", (9, 0), False),
-        ("9.0a", (9, 0), True),
-        ("9.0a", (10, 0), False),
-        ("12.0a", (12, 0), True),
-        ("12.0a", (12, 1), False),  # that architecture only
-    ],
-)
-def test_which_gpus_a_build_serves(monkeypatch, built, capability, runs):
-    monkeypatch.setattr(native, "cuda_architectures", built)
-    assert native.cuda_runs_on(capability) is runs
+# --- what it holds ----------------------------------------------------------------------------------------------------
 
 
-def cuobjdump() -> str | None:
+def files_under(*folders: str) -> set[str]:
+    """Files of the tree, but for what a build or Python leaves there."""
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    return {path.relative_to(ROOT).as_posix() for path in paths if path.suffix not in (".so", ".pyc", ".new")}
+
+
+def test_a_source_distribution_holds_what_builds_and_tests_need(source_distribution):
+    with tarfile.open(source_distribution) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    single = {"setup.py", "pyproject.toml", "CMakeLists.txt", "Makefile", "README.md", "CHANGELOG.md", "LICENSE"}
+    missing = (single | files_under("csrc", "rfkernels", "benchmarks", "tests", "docs")) - names
+    assert not missing
+
+
+def test_it_holds_the_package_its_sources_and_its_licence(wheel):
+    """Every file of the tree that belongs in it, the compiled part, and nothing else."""
+    expected = files_under("rfkernels") | {f"rfkernels/{name}" for name in files_under("csrc", "benchmarks")}
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+        compiled = {name for name in names if name.endswith(".so")}
+        assert names - compiled == expected
+        assert sorted(re.sub(r"\..*", "", name) for name in compiled) == ["rfkernels/_C", "rfkernels/rfkernels_kernels"]
+        assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+        metadata = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
+        assert metadata["License-Expression"] == "Apache-2.0" and metadata["License-File"] == "LICENSE"
+        assert metadata["Name"] == "rfkernels" and any(x.startswith("torch") for x in metadata.get_all("Requires-Dist"))
+        for name, digest, _ in csv.reader(archive.read(f"{info}/RECORD").decode().splitlines()):
+            if digest:
+                found = base64.urlsafe_b64encode(hashlib.sha256(archive.read(name)).digest()).decode().rstrip("=")
+                assert digest == f"sha256={found}", name
+    tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    assert f"-{tag}-{tag}-" in wheel.name, "the pybind11 module is of one Python version"
+
+
+# --- installed --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory) -> Path:
+    """The interpreter of an environment with rfkernels from the wheel, and the running one's other packages."""
+    folder = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
+    python = folder / "venv" / "bin" / "python"
+    (packages,) = (folder / "venv").glob("lib/python*/site-packages")
+    shared = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    # Folders named in a .pth file have their own .pth files, as those of editable installs, left alone.
+    (packages / "shared.pth").write_text("\n".join(shared))
+    install = ["install", "-q", "--no-deps", "--no-index", "--no-compile", wheel]
+    run(sys.executable, "-m", "pip", "--python", python, *install, cwd=folder)
+    return python
+
+
+@pytest.fixture(scope="module")
+def info(python, tmp_path_factory) -> dict[str, str]:
+    """What ``python -m rfkernels info`` says in another folder."""
+    said = run(python, "-m", "rfkernels", "info", cwd=tmp_path_factory.mktemp("elsewhere"))
+    return dict(re.findall(r"^ *(\S(?:.*\S)?)  +(\S.*)$", said, re.M))
+
+
+@pytest.fixture(scope="module")
+def architectures(info) -> list[str]:
+    """["8.0", "9.0+PTX"] and the like; empty for a CPU wheel."""
+    found = re.search(r", for (.*), attention with", info["CUDA kernels"])
+    return found[1].split(", ") if found else []
+
+
+def test_info_from_another_folder(info):
+    assert info["rfkernels"] == rf.__version__
+    assert info["compiled kernels"].startswith("CPU, by "), info
+    assert info["CUDA kernels"].startswith(("CUDA ", "none: no nvcc was found")), info
+    assert info["auto"].startswith("on "), info
+
+
+def test_it_works_from_another_folder(python, architectures, tmp_path):
+    script = shutil.copy(ROOT / "tests" / "installed.py", tmp_path)
+    said = run(python, script, "compiled CPU loops", *(["cuda"] if architectures else []), cwd=tmp_path)
+    assert "reference and sdpa agree" in said
+
+
+# --- the library in it ------------------------------------------------------------------------------------------------
+
+
+def library_of(python: Path) -> Path:
+    (library,) = python.parents[1].glob("lib/python*/site-packages/rfkernels/rfkernels_kernels.*")
+    return library
+
+
+def test_one_file_serves_every_torch_from_the_oldest_on(python, tmp_path):
+    """It asks for torch's stable ABI only, and for no library of CUDA: one file loads with and without."""
+    if not (shutil.which("readelf") and shutil.which("nm")):
+        pytest.skip("readelf and nm (binutils) are needed")
+    library = library_of(python)
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", library, cwd=tmp_path))
+    system = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "ld-linux-x86-64.so.2"}
+    system |= {"libdl.so.2", "librt.so.1", "libpthread.so.0"}  # of older C libraries
+    assert set(needed) - system == {"libtorch_cpu.so", "libc10.so"}
+    wanted = [row.split()[-1] for row in run("nm", "-DC", "--undefined-only", library, cwd=tmp_path).splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in wanted)
+    assert not [name for name in wanted if name.startswith(("at::", "c10::", "torch::", "cuda", "cu"))]
+
+
+def cuobjdump() -> str:
     spec = importlib.util.find_spec("triton")
     found = [] if spec is None else list(Path(spec.origin).parent.rglob("cuobjdump"))
-    return str(found[0]) if found else None
+    if not (found or shutil.which("cuobjdump")):
+        pytest.skip("no cuobjdump (it comes with Triton and with a CUDA toolkit)")
+    return str(found[0]) if found else "cuobjdump"
 
 
-def test_the_library_holds_what_it_says():
-    """Machine code for every architecture that was asked for, and PTX where it was."""
-    if native.cuda_missing is not None:
-        pytest.skip(native.cuda_missing)
-    if cuobjdump() is None:
-        pytest.skip("no cuobjdump (it comes with Triton)")
-    (library,) = Path(native.__file__).parent.glob("rfkernels_kernels.*")
-    listed = {
-        kind: subprocess.run([cuobjdump(), f"-l{kind}", library], capture_output=True, text=True).stdout
-        for kind in ("elf", "ptx")
-    }
-    for name in native.cuda_architectures.split(", "):
+def embedded(library: Path, folder: Path) -> dict[str, set[str]]:
+    """For "sm_80" and the like the kernels in machine code, for "compute_90" and the like those in PTX."""
+    kernels = defaultdict(list)
+    symbols = run(cuobjdump(), "-symbols", library, cwd=folder)
+    for part in re.split(r"^Fatbin elf code:", symbols, flags=re.M)[1:]:
+        kernels[re.search(r"^arch = (\w+)", part, re.M)[1]] += re.findall(r"STO_ENTRY\s+(\w+)", part)
+    run(cuobjdump(), "-xptx", "all", library, cwd=folder)
+    for file in folder.glob("*.ptx"):
+        target = re.search(r"\.sm_(\w+)\.ptx$", file.name)[1]
+        kernels[f"compute_{target}"] += re.findall(r"\.entry (\w+)\(", file.read_text())
+    assert all(len(set(names)) == len(names) for names in kernels.values()), "a kernel lies in it twice"
+    return {target: set(names) for target, names in kernels.items()}
+
+
+def portable(kernels: dict[str, set[str]]) -> set[str]:
+    """What every GPU must get: kernels that are not of an architecture of their own, as sm_90a is."""
+    return set().union(*(names for target, names in kernels.items() if target[-1].isdigit()))
+
+
+def test_every_architecture_has_every_kernel(python, architectures, tmp_path):
+    """Machine code of every architecture that was asked for, and PTX of those with +PTX."""
+    if not architectures:
+        pytest.skip("a wheel for the CPU only")
+    kernels = embedded(library_of(python), tmp_path)
+    every = portable(kernels)
+    assert {"rf_begin_chunk", "rf_write", "rf_redmd_grad", "rf_attention_forward_bf16_d64"} <= every
+    for name in architectures:
         number = name.removesuffix("+PTX").replace(".", "")
-        assert f"sm_{number}.cubin" in listed["elf"], listed
-        assert (f"sm_{number}.ptx" in listed["ptx"]) or not name.endswith("+PTX"), listed
+        for kind in ("sm", "compute") if name.endswith("+PTX") else ("sm",):
+            found = kernels[f"{kind}_{number}"]
+            assert found == every if number.isdigit() else found, f"{kind}_{number}"
+
+
+def test_b200_gets_ptx_that_it_can_use(python, architectures, tmp_path):
+    """No machine code for it is built; newer PTX, as of 12.0, it refuses."""
+    if not any(name.endswith("+PTX") and float(name.removesuffix("+PTX")) <= 10.0 for name in architectures):
+        pytest.skip(f"built for {architectures} by choice; the default has 9.0+PTX")
+    kernels = embedded(library_of(python), tmp_path)
+    usable = [name for name in kernels if re.fullmatch(r"compute_\d+", name) and int(name.split("_")[1]) <= 100]
+    assert any(kernels[name] == portable(kernels) for name in usable), usable

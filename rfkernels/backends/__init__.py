@@ -128,7 +128,7 @@ def use_backend(name: str) -> Iterator[None]:
     if name != "auto" and name not in _TABLE:
         raise ValueError(f'backend must be "auto" or one of {sorted(_TABLE)}, got {name!r}')
     if name != "auto" and name not in available_backends():
-        raise ValueError(f"backend {name!r} is not available: {explain_backends()[name]}")
+        raise ValueError(f"backend {name!r} is {explain_backends()[name]}")  # "not available: " and why
     previous, _chosen = _chosen, None if name == "auto" else name
     try:
         yield

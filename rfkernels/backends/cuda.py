@@ -26,6 +26,9 @@ def why_not(device: torch.device) -> str | None:
         return f"CUDA kernels are for CUDA devices, not {device.type}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    built, runs = native.cuda_version, torch.version.cuda or "none"
+    if built.split(".")[0] != runs.split(".")[0]:
+        return f"built with CUDA {built}, torch with CUDA {runs}: the major versions must be the same"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return "needs compute capability 8.0 (A100, RTX 30) or later"

@@ -139,6 +139,16 @@ def test_window(cuda_module, case):
     run_window(cuda_module, BF16, 64, queries, keys, WindowMask(*mask), rope, heads)
 
 
+@pytest.mark.parametrize(
+    "dtype, head_dim",
+    [(FP16, 64), (BF16, 80), (FP16, 80), (BF16, 96), (BF16, 128), (FP16, 128)]
+    + [pytest.param(t, d, marks=pytest.mark.slow) for t, d in ((FP16, 96), (BF16, 256), (FP16, 256))],
+)
+def test_window_by_every_kernel(cuda_module, dtype, head_dim):
+    queries, keys, mask, _, heads = WINDOWS["half"]
+    run_window(cuda_module, dtype, head_dim, queries, keys, WindowMask(*mask), "interleaved", heads)
+
+
 def test_equal_bits_in_any_order_of_blocks_and_warps(cuda_module):
     q, k, v, grad_out = (padded(1, 150, heads, 64, dtype=BF16) for heads in (2, 1, 1, 2))
     out, lse, grad_lse = torch.randn(1, 150, 2, 64).to(BF16), torch.randn(1, 2, 150) + 5, torch.randn(1, 2, 150)

@@ -65,13 +65,8 @@ def test_prefix(cuda_module, dtype, head_dim, hopper):
     assert conflicts(counts, "ldmatrix", "cp.async") == 0  # the main loop's; filling and emptying q's tile has some
 
 
-@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no rope"])
-@pytest.mark.parametrize("ages", [(7, 2), (12, 3)], ids=str)
-@pytest.mark.parametrize("splits", [1, 2])
-@each_kernel
-def test_chunk(cuda_module, rope, ages, splits, hopper):
-    """Past and open chunk, in streams of different ages; the second has a missing frame or no past."""
-    size, frames, head_dim, dtype = (3, 11), 3, 64, BF16
+def run_chunk(cuda_module, dtype, head_dim, *, rope=True, ages=(7, 2), **options):
+    size, frames = (3, 11), 3
     tokens, geometry = size[0] * size[1], CacheGeometry(2, 5, size[0] * size[1])
     q = padded(2, frames * tokens, 4, head_dim, dtype=dtype)
     own_k, own_v = (padded(2, frames * tokens, 2, head_dim, dtype=dtype) for _ in range(2))
@@ -87,7 +82,7 @@ def test_chunk(cuda_module, rope, ages, splits, hopper):
     rotated = reference.rotate(own_k, open_frames, rope_tables[0])
     results = [
         forward(cuda_module, q, past_k, past_v, own_k=rotated, own_v=own_v, num_frames=num_frames, rope=rope_tables[0],
-                frame_tokens=tokens, capacity=geometry.capacity, scale=0.1, splits=splits, hopper=hopper)[:2]
+                frame_tokens=tokens, capacity=geometry.capacity, scale=0.1, **options)[:2]
     ]  # fmt: skip
     for d, table in ((torch.float64, rope_tables[1]), (dtype, rope_tables[0])):
         frames_of = [
@@ -96,6 +91,26 @@ def test_chunk(cuda_module, rope, ages, splits, hopper):
         past = Past(*frames_of, num_frames, False, d)
         results.append(reference.chunk_attention(*(x.to(d) for x in (q, own_k, own_v)), past, table, geometry, 0.1))
     compare("chunk", *results, dtype)
+
+
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no rope"])
+@pytest.mark.parametrize("ages", [(7, 2), (12, 3)], ids=str)
+@pytest.mark.parametrize("splits", [1, 2])
+@each_kernel
+def test_chunk(cuda_module, rope, ages, splits, hopper):
+    """Past and open chunk, in streams of different ages; the second has a missing frame or no past."""
+    run_chunk(cuda_module, BF16, 64, rope=rope, ages=ages, splits=splits, hopper=hopper)
+
+
+# The other kernels: dtype, head_dim, keys of a tile where there is a choice.
+KERNELS = [(FP16, 64, 0), (BF16, 80, 0), (FP16, 80, 0), (BF16, 96, 0), (BF16, 128, 0), (FP16, 128, 0), (BF16, 128, 32),
+           (BF16, 256, 0)]  # fmt: skip
+IDS = {BF16: "bf16", FP16: "fp16"}.get
+
+
+@pytest.mark.parametrize("dtype, head_dim, keys", KERNELS, ids=IDS)
+def test_chunk_by_every_kernel(cuda_module, dtype, head_dim, keys):
+    run_chunk(cuda_module, dtype, head_dim, keys=keys)
 
 
 MASKS = {
@@ -109,22 +124,31 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("last_queries", [None, 77])
-@pytest.mark.parametrize("mask, size", MASKS.values(), ids=MASKS)
-@each_kernel
-def test_window(cuda_module, mask, size, last_queries, hopper):
-    keys, head_dim, dtype = 252, 64, BF16
-    q = padded(1, last_queries or keys, 2, head_dim, dtype=dtype)
+def run_window(cuda_module, dtype, head_dim, mask, size, queries=None, **options):
+    keys = 252
+    q = padded(1, queries or keys, 2, head_dim, dtype=dtype)
     k, v = (padded(1, keys, 1, head_dim, dtype=dtype) for _ in range(2))
     rope_tables = [tables(head_dim, size, False, d) if size else None for d in (dtype, torch.float64)]
     rotated = k
     if size:
         frames = torch.arange(keys)[None] // rope_tables[0].frame_tokens
         rotated = reference.rotate(k, frames, rope_tables[0])
-    got = forward(cuda_module, q, rotated, v, mask=mask, rope=rope_tables[0], scale=0.2, hopper=hopper)[:2]
+    got = forward(cuda_module, q, rotated, v, mask=mask, rope=rope_tables[0], scale=0.2, **options)[:2]
     plain = reference.sink_window_attention(q, k, v, rope_tables[0], mask, 0.2)
     exact = reference.sink_window_attention(q.double(), k.double(), v.double(), rope_tables[1], mask, 0.2)
     compare("window", got, exact, plain, dtype)
+
+
+@pytest.mark.parametrize("last_queries", [None, 77])
+@pytest.mark.parametrize("mask, size", MASKS.values(), ids=MASKS)
+@each_kernel
+def test_window(cuda_module, mask, size, last_queries, hopper):
+    run_window(cuda_module, BF16, 64, mask, size, last_queries, hopper=hopper)
+
+
+@pytest.mark.parametrize("dtype, head_dim, keys", KERNELS, ids=IDS)
+def test_window_by_every_kernel(cuda_module, dtype, head_dim, keys):
+    run_window(cuda_module, dtype, head_dim, *MASKS["first chunk"], keys=keys)
 
 
 FORMS = {

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from cuda.conftest import cuda_ptx
@@ -32,6 +33,16 @@ NAMESPACE = "rfkernels_emulated"
 
 launches: list[tuple[str, emulator.Result]] = []
 """What ran since the list was last cleared: names of kernels and the emulator's counts."""
+
+
+class Plan(NamedTuple):
+    kernel: str
+    grid: tuple[int, int]
+    threads: int
+    shared_bytes: int
+
+
+_plans: list[Plan] | None = None
 
 failure: Exception | None = None
 """What the emulator objected to last; the host code can only pass on its text."""
@@ -118,8 +129,25 @@ def capability(number: int) -> Iterator[None]:
         choose(80)
 
 
+@contextmanager
+def planning(processors: int, shared_memory: int) -> Iterator[list[Plan]]:
+    """Within the block launches are listed, as for a GPU of that size (bytes of a multiprocessor), and not executed."""
+    global _plans
+    device = ctypes.CDLL(str(_library())).rf_emulated_device
+    before, _plans = _plans, []
+    device(processors, shared_memory)
+    try:
+        yield _plans
+    finally:
+        device(8, 164 << 10)
+        _plans = before
+
+
 def _launch(kernel, grid, threads, shared_bytes, params, tensors, results) -> None:
     global failure
+    if _plans is not None:
+        _plans.append(Plan(kernel, tuple(grid), threads, shared_bytes))
+        return
     try:
         fresh = {f"result {i}": x for i, x in enumerate(results)}
         result = _module(kernel).launch(

@@ -17,9 +17,17 @@ bool on_device(const Tensor& x) { return x.is_cpu(); }
 
 bool available(const Kernel&) { return true; }
 
-int shared_memory(const Tensor&) { return 164 * 1024; }  // of an A100
+static int g_processors = 8;             // few, so that small tests both split and do not
+static int g_shared_memory = 164 << 10;  // of an A100
 
-int processors(const Tensor&) { return 8; }  // few, so that small tests both split and do not
+extern "C" __attribute__((visibility("default"))) void rf_emulated_device(int processors, int shared_memory) {
+  g_processors = processors;
+  g_shared_memory = shared_memory;
+}
+
+int shared_memory(const Tensor&) { return g_shared_memory; }
+
+int processors(const Tensor&) { return g_processors; }
 
 static int g_capability = 80;
 

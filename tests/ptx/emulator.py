@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 SOURCES = Path(__file__).parent / "src"
@@ -140,7 +141,8 @@ class _Memory:
         storage = tensor.untyped_storage()
         base, size, item = storage.data_ptr(), storage.nbytes(), tensor.element_size()
         if base not in self.storages:
-            self.storages[base] = [name, size, torch.zeros(size, dtype=torch.uint8), item]
+            # numpy's zeros, unlike torch's, take memory only where they are touched.
+            self.storages[base] = [name, size, torch.from_numpy(np.zeros(size, np.uint8)), item]
         entry = self.storages[base]
         entry[3] = min(entry[3], item)
         if tensor.numel() == 0:

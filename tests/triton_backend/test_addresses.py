@@ -2,86 +2,23 @@
 
 from __future__ import annotations
 
+import far
 import pytest
 import torch
-from oracle import Streams, compare
 
-import rfkernels as rf
-from rfkernels.arguments import CacheTensors
-from rfkernels.cache import CacheLayer
-
-STRIDE = 2**30 + 16  # fits 32 bits; twice it does not
-
-
-def far(x: torch.Tensor, dim: int, stride: int = STRIDE) -> torch.Tensor:
-    """x in a view of that stride along ``dim``; the memory in between is reserved, never touched."""
-    strides = list(x.contiguous().stride())
-    strides[dim] = stride
-    reach = sum((size - 1) * step for size, step in zip(x.shape, strides, strict=True)) + 1
-    assert reach > 2**31
-    filling = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        storage = torch.empty(reach, dtype=x.dtype, device=x.device)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        pytest.skip(f"cannot reserve {reach * x.element_size() / 2**30:.1f} GiB: {str(error).splitlines()[0]}")
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = filling
-    return storage.as_strided(x.shape, strides).copy_(x)
+FP16, HEAD_DIM = torch.float16, 32
 
 
 @pytest.mark.parametrize("dim", [0, 1, 3], ids=["layers", "samples", "heads"])
 def test_a_stream(device, dim):
-    sizes = [1, 1, None, 1]
-    sizes[dim] = 3
-    streams = Streams(
-        "triton", device, torch.float16, rf.Rope3D(32, 2, 2), num_layers=sizes[0], batch_size=sizes[1],
-        num_kv_heads=sizes[3], frame_tokens=4, sink_frames=1, window_frames=2, alpha=0.5,
-    )  # fmt: skip
-    cache = streams.ours
-    cache.accumulators = CacheTensors(*(far(x, dim) for x in cache.accumulators))
-    cache.k, cache.v = cache.accumulators[:2]
-    cache._layers = [CacheLayer(cache, layer) for layer in range(cache.num_layers)]
-    for _ in range(4):
-        streams.begin(1)
-        for layer in range(cache.num_layers):
-            streams.write(layer)
-    streams.begin(1)
-    streams.run_pass(cache.num_layers - 1)
-    streams.compare_cache()
+    far.run_life("triton", device, FP16, dim, HEAD_DIM)
 
 
-FAR = [
-    pytest.param((3, 6, 1), 0, STRIDE, id="samples"),
-    pytest.param((1, 6, 3), 2, STRIDE, id="heads"),
-    pytest.param((1, 6, 1), 1, STRIDE, id="tokens_farther_apart_than_a_tile_may_reach"),
-    pytest.param((1, 144, 1), 1, 2**24 - 16, id="tokens_just_within_reach"),
-]
-
-
-@pytest.mark.parametrize("size, dim, stride", FAR)
+@pytest.mark.parametrize("size, dim, stride", far.SIZES)
 def test_attention_and_its_gradients(device, size, dim, stride):
-    """Against the reference, which reads the same views."""
-    batch, tokens, heads = size
-    qkv = [far(torch.randn(batch, tokens, heads, 32, device=device).half(), dim, stride) for _ in range(3)]
-    compare(
-        "triton",
-        lambda _, q, k, v: rf.sink_window_attention(q, k, v, sink_tokens=2, window_tokens=5, return_lse=True),
-        qkv, torch.float16,
-    )  # fmt: skip
+    far.run_attention("triton", device, FP16, size, dim, stride, HEAD_DIM)
 
 
-@pytest.mark.parametrize("size, dim, stride", FAR)
+@pytest.mark.parametrize("size, dim, stride", far.SIZES)
 def test_incoming_gradients(device, size, dim, stride):
-    """Of the output, and of its normaliser ``[B, H, N]``."""
-    batch, tokens, heads = size
-    qkv = [torch.randn(batch, tokens, heads, 32, device=device).half().requires_grad_() for _ in range(3)]
-    incoming = [torch.randn(batch, tokens, heads, 32, device=device).half(), torch.randn(*size, device=device)]
-    with rf.use_backend("triton"):
-        results = rf.sink_window_attention(*qkv, sink_tokens=2, window_tokens=5, return_lse=True)
-        placed = [far(x, dim, stride) for x in incoming]
-        expected, got = (
-            torch.autograd.grad(results, qkv, [out, lse.transpose(1, 2)], retain_graph=True)
-            for out, lse in (incoming, placed)
-        )
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    far.run_incoming("triton", device, FP16, size, dim, stride, HEAD_DIM)

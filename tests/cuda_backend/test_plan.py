@@ -1,0 +1,121 @@
+"""How the host code launches attention on GPUs of several sizes: kernel, tiles, grid, splits. Nothing is executed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from rfkernels.backends import cuda
+from rfkernels.geometry import WindowMask
+
+KB = 1 << 10
+GPUS = {  # multiprocessors, bytes of shared memory of one, and what one block may have of them
+    "A100": (108, 164 * KB, 163 * KB),
+    "RTX 3090": (82, 100 * KB, 99 * KB),
+    "H100": (132, 228 * KB, 227 * KB),
+    "RTX 5090": (170, 100 * KB, 99 * KB),
+}
+ROWS = 128  # queries of a block
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def only_emulated(emulated):
+    if emulated is None:
+        pytest.skip("a GPU launches what it is given; plans for other GPUs need the emulated runtime")
+
+
+def forward(emulated, gpu: str, queries: int, keys: int, *, batch=1, heads=1, head_dim=128, dtype=BF16, mask=None):
+    """The plans of one forward over a cache's prefix, or with a mask of a full sequence."""
+    q = torch.empty(batch, queries, heads, head_dim, dtype=dtype)
+    k = torch.empty(batch, keys, heads, head_dim, dtype=dtype)
+    with emulated.planning(*GPUS[gpu][:2]) as plans:
+        if mask is None:
+            frames = torch.zeros(batch, dtype=torch.int64)
+            cuda._ops.attention_forward(q, k, k, None, None, frames, 1, keys, *cuda._NO_MASK, None, None, False, 0.1)
+        else:
+            cuda.sink_window_attention(q, k, k, None, mask, 0.1)
+    return plans
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_the_tile_fits_the_multiprocessor(emulated, gpu, dtype, head_dim):
+    """Two blocks of up to 128 columns, one of 256, with the tiles that the kernel's config has."""
+    (plan,) = forward(emulated, gpu, 4680, 14040, heads=12, head_dim=head_dim, dtype=dtype)
+    small = GPUS[gpu][1] < 128 * KB and head_dim == 128
+    keys = 32 if small or head_dim == 256 else 64
+    short = "bf16" if dtype is BF16 else "fp16"
+    assert plan.kernel == f"rf_attention_forward_{short}_d{head_dim}{'_k32' if small else ''}"
+    assert plan.threads == (256 if head_dim == 256 else 128)
+    assert plan.shared_bytes == 2 * head_dim * (ROWS + 2 * keys) + 32
+    blocks, reserved = (1 if head_dim == 256 else 2), KB  # which the driver keeps of every block's
+    assert plan.shared_bytes <= GPUS[gpu][2] and blocks * (plan.shared_bytes + reserved) <= GPUS[gpu][1]
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_a_pass_at_the_papers_shape_is_not_split(emulated, gpu):
+    """3 frames of 1560 tokens, 12 heads: 444 blocks are more than any GPU holds at a time."""
+    (plan,) = forward(emulated, gpu, 4680, 14040, heads=12)
+    assert plan.grid == (-(-4680 // ROWS) * 12, 1)
+
+
+SHAPES = [(64, 14040, 1, 1), (1, 4096, 1, 8), (130, 1000, 2, 3), (128, 128, 1, 1), (128, 255, 1, 1), (128, 256, 1, 1),
+          (1560, 14040, 1, 4), (4680, 14040, 1, 1), (1, 1, 1, 1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("queries, keys, batch, heads", SHAPES, ids=str)
+@pytest.mark.parametrize("gpu", GPUS)
+def test_few_blocks_share_the_keys(emulated, gpu, queries, keys, batch, heads):
+    """As many as the GPU holds at a time, each with two tiles or more; one launch then joins their results."""
+    plan, *merge = forward(emulated, gpu, queries, keys, batch=batch, heads=heads)
+    blocks, splits = plan.grid
+    assert blocks == -(-queries // ROWS) * heads * batch
+    resident, tile = 2 * GPUS[gpu][0], 32 if plan.kernel.endswith("_k32") else 64
+    assert splits == max(1, min(resident // blocks, keys // (2 * tile), 16))
+    if splits == 1:
+        assert not merge
+    else:
+        assert [(x.kernel, x.grid) for x in merge] == [
+            ("rf_attention_merge_bf16", (-(-queries * batch * heads // 8), 1))
+        ]
+
+
+def test_the_window_and_not_the_sequence_decides_the_splits(emulated):
+    """A token decoded at the end of a long sequence sees its window and the sinks: nothing to share among 16."""
+    (plan,) = forward(emulated, "A100", 1, 100_000, mask=WindowMask(4, 200, 1, 1, True))
+    assert plan.grid == (1, 1)
+    plan, _ = forward(emulated, "A100", 1, 100_000, mask=WindowMask(4, 2**40, 1, 1, True))
+    assert plan.grid == (1, 16)
+
+
+@pytest.mark.parametrize("sizes", [{"queries": 0, "keys": 64}, {"queries": 8, "keys": 64, "batch": 0}], ids=str)
+def test_nothing_to_do_is_no_launch(emulated, sizes):
+    assert forward(emulated, "A100", **sizes) == []
+
+
+def backward(emulated, queries: int, keys: int, heads: int, kv_heads: int, head_dim: int):
+    q, out = (torch.empty(1, queries, heads, head_dim, dtype=BF16) for _ in range(2))
+    k, lse = torch.empty(1, keys, kv_heads, head_dim, dtype=BF16), torch.empty(1, heads, queries)
+    with emulated.planning(*GPUS["A100"][:2]) as plans:
+        cuda.sink_window_attention_backward(out, lse, q, k, k, out, lse, None, WindowMask(4, 64, 1, 1, True), 0.1)
+    return plans
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_a_backward_is_three_launches(emulated, head_dim):
+    """Rows to two numbers, then blocks that own queries, then blocks that own keys; all within 100 KB."""
+    plans = backward(emulated, 1000, 1500, 6, 2, head_dim)
+    assert [re.sub(r"_bf16.*", "", x.kernel) for x in plans] == [
+        f"rf_attention_{x}" for x in ("delta", "grad_q", "grad_kv")
+    ]
+    own = 64 if head_dim == 256 else 128
+    assert [x.grid for x in plans] == [(-(-6000 // 32), 1), (-(-1000 // own) * 6, 1), (-(-1500 // own) * 2, 1)]
+    assert all(x.shared_bytes <= 99 * KB for x in plans)
+
+
+def test_a_backward_with_nothing_to_do(emulated):
+    assert backward(emulated, 0, 64, 1, 1, 64) == []
