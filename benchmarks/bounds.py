@@ -21,6 +21,7 @@ from .cases import CASES, Work
 
 BASELINE = Path(__file__).parent / "static_baseline.json"
 CUDA_BASELINE = Path(__file__).parent / "cuda_baseline.json"
+CUDA_LOOPS = Path(__file__).parent / "cuda_interior.json"
 README = Path(__file__).parent / "README.md"
 
 ISSUE = 4  # warp instructions a clock: one by each of an SM's four schedulers
@@ -56,23 +57,10 @@ GPUS = {
 }
 
 
-# Its report has no instruction mix. 558 instructions beside the products for 64 scores of a thread (docs/cuda.md), an
-# exponential each; 32 queries of a warp make 2 * 2 * (64 / 8) * (128 / 16) products m16n8k16.
-COUNTED_BY_HAND = [
-    (
-        80,
-        {
-            "case": "CUDA", "kernel": "rf_attention_forward_bf16_d128", "tile": [128, 64], "warps": 4,
-            "loop": {"tensor": 256, "memory": 0, "special": 64, "barrier": 0, "other": 494, "per_score": 558 / 64},
-        },
-    )
-]  # fmt: skip
-
-
 def loop_bounds(row: dict, gpu: Gpu, head_dim: int = 128, itemsize: int = 2) -> dict[str, float]:
     """Clocks of an SM per 1000 scores, by unit, for a row of the static report with an instruction mix."""
     loop, block_m = row["loop"], row["tile"][0]
-    counted = [loop[key] for key in ("tensor", "memory", "special", "barrier", "other")]
+    counted = [loop.get(key, 0) for key in ("tensor", "memory", "special", "barrier", "idle", "other")]
     rest = sum(counted) - loop["tensor"]
     scores = rest / loop["per_score"]  # of a thread, in one turn of the loop; a warp instruction serves 32 threads
     rows = min(block_m, gpu.rows or block_m // row["warps"])
@@ -89,7 +77,8 @@ def attention_table() -> list[str]:
         "| kernel | GPU | tile | tensor | issue | special | shared | bound by | of tensor peak | without overlap |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for arch, row in [*_baseline(BASELINE), *COUNTED_BY_HAND]:
+    cuda = [(arch, {"case": "CUDA"} | row) for arch, row in _baseline(CUDA_LOOPS) if "_d128" in row["kernel"]]
+    for arch, row in [*_baseline(BASELINE), *cuda]:
         if row.get("loop") is None or row["case"].startswith("anchor"):
             continue
         gpu = GPUS[arch]

@@ -1,7 +1,8 @@
-"""What nvcc made of the CUDA kernels: ``python -m benchmarks.cuda_report [--check | --write]``.
+"""What nvcc made of the CUDA kernels: ``python -m benchmarks.cuda_report [--interior] [--check | --write]``.
 
 Registers, stack, spills, shared memory and CTAs per SM of every kernel entry, for every architecture, without a GPU.
-Sources and flags are those of CMakeLists.txt. Static facts only: nothing here is a timing.
+Sources and flags are those of CMakeLists.txt. Static facts only: nothing here is a timing. ``--interior`` reports
+instead what the attention forward's main loop executes a score (benchmarks/interior.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from benchmarks import straight
+from benchmarks import interior, straight
 from benchmarks.aot import SHARED_BLOCK, TOOLS, ctas_per_sm
 from benchmarks.static_report import compare, merge
 from rfkernels.native import find_nvcc
@@ -59,21 +60,6 @@ def toolchain(nvcc: str, arch: int) -> str:
     return f"nvcc {re.search(r'release [^,]*, V([0-9.]+)', said)[1]}, sm_{arch}"
 
 
-def dynamic_shared(entry: str) -> int:
-    """Bytes that the host asks for at the launch (attention_forward_config.h, attention_backward_params.h)."""
-    found = re.match(r"rf_attention_(forward|grad_q|grad_kv)_\w+?_d(\d+)(_k32)?$", entry)
-    if not found:
-        return 0
-    kind, head_dim = found[1], int(found[2])
-    if "_hopper_" in entry:
-        return 2 * head_dim * (128 + 4 * (64 if head_dim == 256 else 128)) + 64
-    if kind == "forward":
-        keys = 32 if found[3] or head_dim == 256 else 64
-        return 2 * head_dim * (128 + 2 * keys) + 32
-    own, swept = (128, 32) if head_dim <= 128 else (64, 16)
-    return 4 * head_dim * own + 2 * (4 * head_dim + 8) * swept
-
-
 def chosen(entry: str, arch: int) -> bool:
     """Whether the host launches this kernel on this architecture."""
     if "_forward_" not in entry or "_d128" not in entry:
@@ -81,12 +67,31 @@ def chosen(entry: str, arch: int) -> bool:
     return entry.endswith("_k32") == (arch in SMALL_SM)
 
 
-_ENTRY = re.compile(r"\.entry (\w+)\(.*?\)\s*(.*?)\{", re.S)
+_ENTRY = re.compile(r"\.entry (\w+)\(.*?\)\s*(.*?)\{(.*?)^\}", re.S | re.M)
+_EXTERN_SHARED = re.compile(r"^\.extern \.shared .* (\w+)\[\];", re.M)
+_STATED = re.compile(r"// dynamic shared memory: (\d+) bytes")  # by state_shared_bytes (csrc/cuda/swizzle.h)
 _ASSEMBLED = re.compile(
     r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
     r".*?Used (\d+) registers([^\n]*)",
     re.S,
 )
+
+
+def launch_bounds(ptx: str) -> dict[str, tuple[int, int, int]]:
+    """Of every kernel: threads and blocks an SM (__launch_bounds__), and the dynamic shared memory that it asks for.
+
+    Raises:
+        RuntimeError: a kernel uses dynamic shared memory without stating how much.
+    """
+    bounds, extern = {}, _EXTERN_SHARED.findall(ptx)
+    for name, directives, body in _ENTRY.findall(ptx):
+        threads = re.search(r"\.maxntid (\d+)", directives)
+        blocks = re.search(r"\.minnctapersm (\d+)", directives)
+        stated = _STATED.search(body)
+        if not stated and any(re.search(rf"\b{array}\b", body) for array in extern):
+            raise RuntimeError(f"{name} uses dynamic shared memory and does not call state_shared_bytes")
+        bounds[name] = int(threads[1]), int(blocks[1]) if blocks else 1, int(stated[1]) if stated else 0
+    return bounds
 
 
 def kernels(nvcc: str, source: Path, arch: int) -> Iterator[dict]:
@@ -106,18 +111,14 @@ def kernels(nvcc: str, source: Path, arch: int) -> Iterator[dict]:
         if hopper:
             dump = [str(TOOLS / "cuobjdump"), "-sass", f"{folder}/out.cubin"]
             sass = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-    bounds = {}  # what __launch_bounds__ said: threads, blocks an SM
-    for name, directives in _ENTRY.findall(ptx):
-        threads = re.search(r"\.maxntid (\d+)", directives)
-        blocks = re.search(r"\.minnctapersm (\d+)", directives)
-        bounds[name] = int(threads[1]), int(blocks[1]) if blocks else 1
+    bounds = launch_bounds(ptx)
     assembled = _ASSEMBLED.findall(done.stderr)
     if {name for name, *_ in assembled} != set(bounds):
         raise RuntimeError(f"ptxas -v does not describe the kernels of {source} as expected:\n{done.stderr}")
     for name, stack, stores, loads, registers, rest in sorted(assembled):
-        threads, designed = bounds[name]
+        threads, designed, dynamic = bounds[name]
         static = re.search(r"(\d+) bytes smem", rest)
-        shared = (int(static[1]) if static else 0) + dynamic_shared(name)
+        shared = (int(static[1]) if static else 0) + dynamic
         by_registers, by_shared, by_threads = ctas_per_sm(arch, int(registers), threads // 32, shared)
         loop = {"loop": straight.row(sass, 32 if "_d256" in name else 64)} if "_hopper_" in name else {}
         yield {
@@ -134,6 +135,17 @@ def report(nvcc: str, arch: int, head_dims: Sequence[int] = HEAD_DIMS, dtypes: S
     with ThreadPoolExecutor(jobs) as pool:
         rows = pool.map(lambda source: list(kernels(nvcc, source, arch)), sources(head_dims, dtypes, arch))
         return [row for of_source in rows for row in of_source]
+
+
+def interior_rows(nvcc: str, arch: int, head_dims: Sequence[int] = HEAD_DIMS) -> list[dict]:
+    """Of the bfloat16 forward that the host takes: what its main loop executes."""
+    rows = []
+    for head_dim in head_dims:
+        (source,) = (path for path in sources([head_dim], ["bf16"]) if path.parent.name == "forward")
+        ptx, disassembly = interior.compiled(nvcc, _set("RF_CUDA_FLAGS"), source, arch)
+        (kernel,) = (name for name in launch_bounds(ptx) if chosen(name, arch))
+        rows.append(interior.row(kernel, head_dim, ptx, disassembly))
+    return rows
 
 
 def faults(row: dict, arch: int) -> str | None:
@@ -165,23 +177,29 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS, choices=HEAD_DIMS)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES, help="of the attention kernels")
+    parser.add_argument("--interior", action="store_true", help="instead: the forward's main loop, counted")
     parser.add_argument("--check", action="store_true", help="compare with the checked-in baseline")
     parser.add_argument("--write", action="store_true", help="write these rows into the baseline")
     arguments = parser.parse_args()
     nvcc = find_nvcc()
     if nvcc is None:
         parser.error("no nvcc on PATH or from pip")
-    reports = {}
+    reports, baseline = {}, interior.BASELINE if arguments.interior else BASELINE
     for arch in arguments.arch:
-        reports[toolchain(nvcc, arch)] = rows = report(nvcc, arch, arguments.head_dims, arguments.dtypes)
         print(toolchain(nvcc, arch))
-        show(rows)
-        for row in rows:
-            if fault := faults(row, arch):
-                print(f"fault: {row['kernel']}: {fault}")
+        if arguments.interior:
+            rows = interior_rows(nvcc, arch, arguments.head_dims)
+            interior.show(rows)
+        else:
+            rows = report(nvcc, arch, arguments.head_dims, arguments.dtypes)
+            show(rows)
+            for row in rows:
+                if fault := faults(row, arch):
+                    print(f"fault: {row['kernel']}: {fault}")
+        reports[toolchain(nvcc, arch)] = rows
         if arguments.write:  # at once: an architecture takes minutes
-            merge(BASELINE, {toolchain(nvcc, arch): rows}, by="kernel")
-    return 0 if not arguments.check or compare(BASELINE, reports, by="kernel") else 1
+            merge(baseline, {toolchain(nvcc, arch): rows}, by="kernel")
+    return 0 if not arguments.check or compare(baseline, reports, by="kernel") else 1
 
 
 if __name__ == "__main__":

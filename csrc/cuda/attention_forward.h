@@ -18,6 +18,12 @@ __device__ __forceinline__ int not_before(int x) {
   return x;
 }
 
+template <class Tile, bool kByRows>
+__device__ __forceinline__ BlockAddresses<Tile, kByRows> not_before(BlockAddresses<Tile, kByRows> x) {
+  x.first = not_before(int(x.first));
+  return x;
+}
+
 // The row tile of a block, and what is known of its stream. Cheap to make anew, dear to keep across the main loop.
 struct QueryTile {
   int sample, head, split;
@@ -81,7 +87,7 @@ struct KeySegment {
       end = min(begin + share, end);
     }
     k_step = 2 * rk.token, v_step = 2 * rv.token;
-    const int64_t kv_head = tile.head / (p.heads / p.kv_heads);
+    const int64_t kv_head = tile.head * p.kv_heads / p.heads;  // one division, and none to keep
     k = static_cast<const char*>(rk.data) + 2 * (tile.sample * rk.batch + kv_head * rk.head) + begin * k_step;
     v = static_cast<const char*>(rv.data) + 2 * (tile.sample * rv.batch + kv_head * rv.head) + begin * v_step;
   }
@@ -92,12 +98,14 @@ struct KeySegment {
 template <class Config, int kFirst = 0>
 struct TileCopier {
   using Tile = typename Config::KVTile;
-  static constexpr int kRowStep = Config::kThreads / Tile::kSlabUnits;
+  static constexpr int kRowStep = Config::kThreads / Tile::kSlabUnits, kCopies = Config::kTileKeys / kRowStep;
   const char* source;
+  uint32_t place;  // of this thread's first unit in a tile
 
   __device__ __forceinline__ TileCopier(const char* first, int64_t token_step) {
-    const unsigned thread = threadIdx.x - kFirst;
-    source = first + thread / Tile::kSlabUnits * token_step + thread % Tile::kSlabUnits * 16;
+    const unsigned thread = threadIdx.x - kFirst, row = thread / Tile::kSlabUnits, unit = thread % Tile::kSlabUnits;
+    source = first + row * token_step + unit * 16;
+    place = Tile::slab_offset(row, unit);
   }
 
   // Bytes between the rows of a thread: 32 bits, so that an advance is one instruction.
@@ -105,23 +113,24 @@ struct TileCopier {
 
   // rows: how many of the tile exist; the others become zeros (what lies there may be NaN).
   __device__ __forceinline__ void copy(uint32_t tile, int rows, int step) {
-    const int thread = not_before(threadIdx.x) - kFirst, row = thread / Tile::kSlabUnits;
-    const uint32_t destination = tile + Tile::slab_offset(row, thread % Tile::kSlabUnits);
+    const uint32_t destination = tile + place;
     if (rows >= Config::kTileKeys) {
 #pragma unroll
-      for (int r = 0; r < Config::kTileKeys; r += kRowStep, source += step)
+      for (int i = 0; i < kCopies; ++i)
 #pragma unroll
         for (int slab = 0; slab < Tile::kSlabs; ++slab)
-          copy_async(destination + r * Tile::kRowBytes + slab * Tile::kSlabBytes, source + slab * Tile::kRowBytes);
+          copy_async(destination + i * kRowStep * Tile::kRowBytes + slab * Tile::kSlabBytes,
+                     source + i * int64_t(step) + slab * Tile::kRowBytes);
     } else {
-      const int left = rows - row;
+      const int left = rows - int(not_before(threadIdx.x) - kFirst) / Tile::kSlabUnits;
 #pragma unroll
-      for (int r = 0; r < Config::kTileKeys; r += kRowStep, source += step)
+      for (int i = 0; i < kCopies; ++i)
 #pragma unroll
         for (int slab = 0; slab < Tile::kSlabs; ++slab)
-          copy_async_or_zero(destination + r * Tile::kRowBytes + slab * Tile::kSlabBytes,
-                             source + slab * Tile::kRowBytes, r < left);
+          copy_async_or_zero(destination + i * kRowStep * Tile::kRowBytes + slab * Tile::kSlabBytes,
+                             source + i * int64_t(step) + slab * Tile::kRowBytes, i * kRowStep < left);
     }
+    source += kCopies * int64_t(step);
     commit_copies();
   }
 };
@@ -172,25 +181,23 @@ __device__ __forceinline__ void load_queries(const AttentionProblem& p, const Qu
 template <class Config>
 struct WarpRows {
   using T = typename Config::Element;
+  using QAddresses = BlockAddresses<typename Config::QTile, false>;
   using KAddresses = BlockAddresses<typename Config::KVTile, true>;
   using VAddresses = BlockAddresses<typename Config::KVTile, false>;
   static constexpr int kRowBlocks = Config::kRowBlocks, kRows = 2 * kRowBlocks;  // rows of a thread
   static constexpr int kKeyUnits = Config::kTileKeys / 8, kColumnUnits = Config::kHeadDim / 8;
+  using Scores = float[kRowBlocks][kKeyUnits][4];
+  using Weights = uint32_t[kRowBlocks][kKeyUnits / 2][4];  // packed: an `a` of mma for every sixteen keys
 
   float rOut[kRowBlocks][kColumnUnits][4] = {};
   SoftmaxState<kRows> softmax;
 
-  static __device__ __forceinline__ void scores(float (&s)[kRowBlocks][kKeyUnits][4], const KAddresses& sK,
-                                                const VAddresses& sV) {
-    // Where the warp's queries lie from the values: added for every tile, which costs less than registers to keep.
-    const uint32_t warp = not_before(threadIdx.x) / 32 * 16 * kRowBlocks * Config::QTile::kRowBytes;
-    const uint32_t to_q = warp + Config::kSharedQ - Config::kSharedV;
+  static __device__ __forceinline__ void scores(Scores& s, const QAddresses& sQ, const KAddresses& sK) {
 #pragma unroll
     for (int c = 0; c < Config::kHeadDim / 16; ++c) {
       uint32_t q[kRowBlocks][4];
 #pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m)
-        ldmatrix(q[m], sV.template at_other<typename Config::QTile>(to_q, 16 * m, c));
+      for (int m = 0; m < kRowBlocks; ++m) ldmatrix(q[m], sQ.at(16 * m, c));
 #pragma unroll
       for (int n = 0; n < kKeyUnits; n += 2) {
         uint32_t k[4];
@@ -204,68 +211,75 @@ struct WarpRows {
     }
   }
 
-  // Of this thread's scores, per row.
-  static __device__ __forceinline__ void find_largest(const float (&s)[kRowBlocks][kKeyUnits][4],
-                                                      float (&largest)[kRows]) {
+  // Of this thread's scores in a row block, per row.
+  static __device__ __forceinline__ void find_largest(const float (&s)[kKeyUnits][4], float (&largest)[2]) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      largest[r] = s[r / 2][0][r % 2 * 2];
+    for (int r = 0; r < 2; ++r) {
+      largest[r] = fmaxf(s[0][2 * r], s[0][2 * r + 1]);
 #pragma unroll
-      for (int n = 0; n < kKeyUnits; ++n)
-#pragma unroll
-        for (int i = n == 0; i < 2; ++i) largest[r] = fmaxf(largest[r], s[r / 2][n][r % 2 * 2 + i]);
+      for (int n = 1; n < kKeyUnits; ++n) largest[r] = fmaxf(largest[r], fmaxf(s[n][2 * r], s[n][2 * r + 1]));
     }
   }
 
-  __device__ __forceinline__ void rescale(const float (&factor)[kRows]) {
+  // Multiplies what a row block has summed.
+  __device__ __forceinline__ void rescale(const float (&factor)[2], int m = 0) {
 #pragma unroll
-    for (int m = 0; m < kRowBlocks; ++m)
+    for (int n = 0; n < kColumnUnits; ++n)
 #pragma unroll
-      for (int n = 0; n < kColumnUnits; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) rOut[m][n][i] *= factor[2 * m + i / 2];
+      for (int i = 0; i < 4; ++i) rOut[m][n][i] *= factor[i / 2];
   }
 
-  // Raises the softmax's shift where the new scores ask for it: seldom, after the first tile.
-  __device__ __forceinline__ void raise(const float (&s)[kRowBlocks][kKeyUnits][4], float scale2) {
-    float largest[kRows];
-    find_largest(s, largest);
-    if (softmax.exceeds(largest, scale2)) {
-      float factor[kRows];
-      softmax.raise(largest, scale2, factor);
-      rescale(factor);
+  // The weights of a row block, rounded, and what a thread's part of each row sums to.
+  __device__ __forceinline__ void exponentiate(uint32_t (&p)[kKeyUnits / 2][4], float (&sums)[2],
+                                               const float (&s)[kKeyUnits][4], float scale2, int m) const {
+    sums[0] = sums[1] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kKeyUnits; ++n)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float low = exp2_fast(__fmaf_rn(s[n][2 * r], scale2, -softmax.shift[2 * m + r]));
+        const float high = exp2_fast(__fmaf_rn(s[n][2 * r + 1], scale2, -softmax.shift[2 * m + r]));
+        sums[r] += low;
+        sums[r] += high;
+        p[n / 2][n % 2 * 2 + r] = pack<T>(low, high);
+      }
+  }
+
+  // Weights of new scores. A maximum is sought only where weights come out too large, seldom after the first tile: then
+  // the shift is raised, what was summed multiplied, and the weights are formed anew. (16 weights of a row sum to more
+  // than 256 in a thread, so one is more than 16, and a shift grows by 4 or more.) All are packed before the products
+  // with V begin: sums put off until then keep 64 registers in the way of the products' operands.
+  __device__ __forceinline__ void weigh(Weights& p, const Scores& s, float scale2) {
+#pragma unroll
+    for (int m = 0; m < kRowBlocks; ++m) {
+      float sums[2];
+      exponentiate(p[m], sums, s[m], scale2, m);
+      if (softmax.too_large(sums)) {
+        float largest[2], factor[2];
+        find_largest(s[m], largest);
+        softmax.raise(largest, scale2, factor, 2 * m);
+        rescale(factor, m);
+        exponentiate(p[m], sums, s[m], scale2, m);
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) softmax.total[2 * m + r] += sums[r];
     }
   }
 
-  // out += exp2(s) * V, sixteen keys at a time.
-  __device__ __forceinline__ void accumulate(const float (&s)[kRowBlocks][kKeyUnits][4], const VAddresses& sV,
-                                             float scale2) {
+  // out += p * V, sixteen keys at a time.
+  __device__ __forceinline__ void accumulate(const Weights& p, const VAddresses& sV) {
 #pragma unroll
-    for (int n = 0; n < kKeyUnits; n += 2) {
-      uint32_t p[kRowBlocks][4];
-#pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m)
-#pragma unroll
-        for (int quarter = 0; quarter < 4; ++quarter) {
-          const int r = 2 * m + quarter % 2;
-          const float* pair = s[m][n + quarter / 2] + quarter % 2 * 2;
-          const float low = exp2_fast(__fmaf_rn(pair[0], scale2, -softmax.shift[r]));
-          const float high = exp2_fast(__fmaf_rn(pair[1], scale2, -softmax.shift[r]));
-          softmax.total[r] += low;
-          softmax.total[r] += high;
-          p[m][quarter] = pack<T>(low, high);
-        }
+    for (int n = 0; n < kKeyUnits / 2; ++n)
 #pragma unroll
       for (int c = 0; c < Config::kHeadDim / 16; ++c) {
         uint32_t v[4];
-        ldmatrix_transposed(v, sV.at(8 * n, c));
+        ldmatrix_transposed(v, sV.at(16 * n, c));
 #pragma unroll
         for (int m = 0; m < kRowBlocks; ++m) {
-          mma<T>(rOut[m][2 * c], p[m], v[0], v[1]);
-          mma<T>(rOut[m][2 * c + 1], p[m], v[2], v[3]);
+          mma<T>(rOut[m][2 * c], p[m][n], v[0], v[1]);
+          mma<T>(rOut[m][2 * c + 1], p[m][n], v[2], v[3]);
         }
       }
-    }
   }
 };
 

@@ -19,17 +19,17 @@ template <class T, int kHeadDim_, int kTileKeys_>
 struct HopperConfig {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_, kTileKeys = kTileKeys_;
-  static constexpr int kTileRows = 128, kRowBlocks = 1;
-  static constexpr int kThreads = 256;  // the consumers, which come first
-  static constexpr int kBlockThreads = kThreads + 128;
-  static constexpr int kStages = 2;
+  static constexpr ForwardTiles kTiles{kHeadDim, kTileKeys, true};
+  static constexpr int kTileRows = ForwardTiles::kRows, kRowBlocks = kTiles.row_blocks(), kStages = kTiles.stages();
+  static constexpr int kThreads = kTiles.owners();  // the consumers, which come first
+  static constexpr int kBlockThreads = kTiles.threads();
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
   using QTile = SharedTile<kTileRows, kHeadDim>;
   using KVTile = SharedTile<kTileKeys, kHeadDim>;
   struct Producers {  // what TileCopier wants to know
     using KVTile = HopperConfig::KVTile;
-    static constexpr int kTileKeys = kTileKeys_, kThreads = 128;
+    static constexpr int kTileKeys = kTileKeys_, kThreads = kBlockThreads - HopperConfig::kThreads;
   };
   static constexpr int kSharedQ = 0;
   static constexpr int kSharedK = QTile::kBytes;
@@ -39,7 +39,8 @@ struct HopperConfig {
 
   static_assert(kHeadDim / 2 + kTileKeys / 2 + kTileKeys / 4 <= 192, "accumulator, scores and weights");
   static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 168 * kBlockThreads);
-  static_assert(kHopperBarrierBytes == 2 * 2 * 8 * kStages && kSharedBytes <= 227 * 1024, "a block of sm_90");
+  static_assert(kHopperBarrierBytes == 2 * 2 * 8 * kStages);
+  static_assert(kSharedBytes == kTiles.shared_bytes() && kSharedBytes <= 227 * 1024, "a block of sm_90");
   static_assert(kTileKeys * KVTile::kSlabUnits % 128 == 0, "every producer copies as many units");
 };
 
@@ -182,9 +183,9 @@ __device__ __forceinline__ void consume(const ForwardParams& params, uint32_t sQ
     float factor[2];
     const auto weigh = [&](int key) {  // whether older sums must be multiplied by factor
       if (key < keys.full_begin || key > keys.full_end - Config::kTileKeys)
-        hide_unseen<Config>(scores, params, keys, part, key);
+        hide_unseen<Config>(scores, params, keys.end, part, key);
       float largest[2];
-      rows.find_largest(scores, largest);
+      rows.find_largest(scores[0], largest);
       const bool raised = rows.softmax.exceeds(largest, scale2);
       if (raised) rows.softmax.raise(largest, scale2, factor);
       exponentiate<Config>(scores, rows.softmax, scale2);
@@ -223,6 +224,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, uint32_t sQ
 template <class Config>
 __device__ __forceinline__ void attention_forward_hopper(const ForwardParams& params) {
   extern __shared__ __align__(1024) uint8_t tiles[];  // wgmma's swizzle counts from multiples of 1024
+  state_shared_bytes<Config::kSharedBytes>();
   const uint32_t base = uint32_t(__cvta_generic_to_shared(tiles));
   const Ring<Config> sK(base, false), sV(base, true);
   if (threadIdx.x == 0) {

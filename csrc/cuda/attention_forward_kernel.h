@@ -4,9 +4,9 @@
 
 namespace rfkernels::cuda {
 
-// What the main loop needs of a segment once a tile or less waits in shared memory: its registers are all taken. Tiles
-// that begin between kFirstFull and kLastFull are seen by every row.
-enum KeptInShared { kFirstFull = 0, kLastFull = 4, kPart = 8, kKStep = 12, kVStep = 16 };
+// What the main loop needs of a segment but once a tile waits in shared memory: its registers are all taken. A tile of
+// which between kLastFull and kFirstFull keys are left is seen by every row.
+enum KeptInShared { kFirstFull = 0, kLastFull = 4, kPart = 8, kKStep = 12, kVStep = 16, kEnd = 20 };
 
 __device__ __forceinline__ void put_shared(uint32_t address, int x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
@@ -20,14 +20,13 @@ __device__ __forceinline__ int get_shared(uint32_t address) {
 
 // Sets scores of keys that a row does not see to -inf: tiles at the edge of a segment only.
 template <class Config, class Scores>
-__device__ __forceinline__ void hide_unseen(Scores& s, const ForwardParams& params, const KeySegment& keys, int part,
-                                            int first_key) {
+__device__ __forceinline__ void hide_unseen(Scores& s, const ForwardParams& params, int end, int part, int first_key) {
   const AttentionProblem& p = params.problem;
   const int thread = not_before(threadIdx.x), block = not_before(blockIdx.x) % params.row_blocks;
   const int row = block * Config::kTileRows + thread / 32 * 16 * Config::kRowBlocks + thread % 32 / 4;
 #pragma unroll
   for (int r = 0; r < 2 * Config::kRowBlocks; ++r) {
-    Range seen = {0, keys.end};
+    Range seen = {0, end};
     if (p.use == Use::kWindow)
       seen = visible_keys(p.mask, min(row + 8 * r, p.queries - 1) + p.keys - p.queries, part == 1, p.keys);
     const int before = not_before(first_key + thread % 4 * 2 - seen.begin);
@@ -95,13 +94,18 @@ __device__ __forceinline__ void store(const WarpRows<Config>& rows, const Forwar
 template <class Config>
 __device__ __forceinline__ void attention_forward(const ForwardParams& params) {
   extern __shared__ __align__(128) uint8_t shared[];
+  state_shared_bytes<Config::kSharedBytes>();
   const uint32_t base = uint32_t(__cvta_generic_to_shared(shared));
   const uint32_t sQ = base + Config::kSharedQ;
   const AttentionProblem& p = params.problem;
 
-  const typename WarpRows<Config>::KAddresses k_blocks(base + Config::kSharedK, threadIdx.x % 32);
-  const typename WarpRows<Config>::VAddresses v_blocks(base + Config::kSharedV, threadIdx.x % 32);
+  const int warp_row = threadIdx.x / 32 * 16 * Config::kRowBlocks, lane = threadIdx.x % 32;
+  const typename WarpRows<Config>::QAddresses q_blocks(sQ + warp_row * Config::QTile::kRowBytes, lane);
+  const typename WarpRows<Config>::KAddresses k_blocks(base + Config::kSharedK, lane);
+  const typename WarpRows<Config>::VAddresses v_blocks(base + Config::kSharedV, lane);
   WarpRows<Config> rows;
+  // A scale of zero still has to keep what is unseen at -inf.
+  const float scale2 = fmaxf(fabsf(p.scale) * kLog2E, 1e-30f);
 
 #pragma unroll 1
   for (int part = 0; part < (p.use == Use::kPrefix ? 1 : 2); ++part) {
@@ -115,8 +119,9 @@ __device__ __forceinline__ void attention_forward(const ForwardParams& params) {
     const uint32_t sK = base + Config::kSharedK, sV = base + Config::kSharedV;
     TileCopier<Config> copy_k(keys.k, keys.k_step), copy_v(keys.v, keys.v_step);
     if (threadIdx.x == 0) {
-      put_shared(sKept + kFirstFull, keys.full_begin);
-      put_shared(sKept + kLastFull, keys.full_end - Config::kTileKeys);
+      put_shared(sKept + kFirstFull, keys.end - keys.full_begin);
+      put_shared(sKept + kLastFull, keys.end - keys.full_end + Config::kTileKeys);
+      put_shared(sKept + kEnd, keys.end);
       put_shared(sKept + kPart, part);
       put_shared(sKept + kKStep, TileCopier<Config>::row_step(keys.k_step));
       put_shared(sKept + kVStep, TileCopier<Config>::row_step(keys.v_step));
@@ -124,22 +129,22 @@ __device__ __forceinline__ void attention_forward(const ForwardParams& params) {
     copy_k.copy(sK, keys.end - keys.begin, TileCopier<Config>::row_step(keys.k_step));
     load_queries<Config>(p, tile, sQ, for_sinks);
 #pragma unroll 1
-    for (int key = keys.begin; key < keys.end; key += Config::kTileKeys) {
+    for (int left = keys.end - keys.begin; left > 0; left -= Config::kTileKeys) {
       wait_copies<0>();
       __syncthreads();  // keys (and queries) are there; every warp is done with the last values
-      copy_v.copy(sV, keys.end - key, get_shared(sKept + kVStep));
-      float scores[Config::kRowBlocks][Config::kTileKeys / 8][4] = {};
-      rows.scores(scores, k_blocks, v_blocks);
-      // A scale of zero still has to keep what is unseen at -inf.
-      const float scale2 = fmaxf(fabsf(p.scale) * kLog2E, 1e-30f);
-      if (key < get_shared(sKept + kFirstFull) || key > get_shared(sKept + kLastFull))
-        hide_unseen<Config>(scores, params, keys, get_shared(sKept + kPart), key);
-      rows.raise(scores, scale2);
+      copy_v.copy(sV, left, get_shared(sKept + kVStep));
+      typename WarpRows<Config>::Scores scores = {};
+      rows.scores(scores, not_before(q_blocks), not_before(k_blocks));
+      if (left > get_shared(sKept + kFirstFull) || left < get_shared(sKept + kLastFull)) {
+        const int end = get_shared(sKept + kEnd);
+        hide_unseen<Config>(scores, params, end, get_shared(sKept + kPart), end - left);
+      }
+      typename WarpRows<Config>::Weights weights;
+      rows.weigh(weights, scores, scale2);
       wait_copies<0>();
       __syncthreads();  // values are there; every warp is done with the keys
-      if (key + Config::kTileKeys < keys.end)
-        copy_k.copy(sK, keys.end - key - Config::kTileKeys, get_shared(sKept + kKStep));
-      rows.accumulate(scores, v_blocks, scale2);
+      if (left > Config::kTileKeys) copy_k.copy(sK, left - Config::kTileKeys, get_shared(sKept + kKStep));
+      rows.accumulate(weights, not_before(v_blocks));
     }
     part = get_shared(sKept + kPart);
   }

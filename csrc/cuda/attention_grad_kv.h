@@ -83,6 +83,7 @@ __device__ __forceinline__ void scale_present(typename Config::Accumulator& sum,
 template <class Config>
 __device__ __forceinline__ void attention_grad_kv(const BackwardParams& params) {
   extern __shared__ __align__(128) uint8_t shared[];
+  state_shared_bytes<Config::kSharedBytes>();
   const uint32_t base = uint32_t(__cvta_generic_to_shared(shared));
   const AttentionProblem& p = params.problem;
   const bool window = p.use == Use::kWindow;

@@ -111,6 +111,7 @@ __device__ __forceinline__ void turn_by_evicted(const FloatTile<Config>& tile, c
 template <class Config>
 __device__ __forceinline__ void attention_grad_q(const BackwardParams& params) {
   extern __shared__ __align__(128) uint8_t shared[];
+  state_shared_bytes<Config::kSharedBytes>();
   const uint32_t base = uint32_t(__cvta_generic_to_shared(shared));
   const AttentionProblem& p = params.problem;
   const int blocks = (p.queries + Config::kOwn - 1) / Config::kOwn;

@@ -64,7 +64,25 @@ struct ForwardParams {
   int32_t row_blocks;  // ceil(queries / rows of a tile)
 };
 
-// Joins `splits` results over disjoint keys.
+// What a block of a forward kernel needs: kRows queries, one tile of `keys` keys and one of values (for Hopper two of
+// each). A warp owns 16 * row_blocks() rows; for Hopper four warps more own none.
+struct ForwardTiles {
+  static constexpr int kRows = 128;
+  int head_dim, keys;
+  bool hopper = false;
+
+  constexpr bool two() const { return !hopper && head_dim <= 128; }  // 32 rows of 256 columns take every register
+  constexpr int row_blocks() const { return two() ? 2 : 1; }
+  constexpr int owners() const { return 32 * kRows / (16 * row_blocks()); }
+  constexpr int threads() const { return owners() + (hopper ? 128 : 0); }
+  constexpr int blocks_per_sm() const { return two() ? 2 : 1; }
+  constexpr int stages() const { return hopper ? 2 : 1; }
+  constexpr int shared_bytes() const {
+    return 2 * head_dim * (kRows + 2 * stages() * keys) + (hopper ? kHopperBarrierBytes : kForwardKeptBytes);
+  }
+};
+
+// Joins `splits` results over disjoint keys, at most 32.
 struct MergeParams {
   const float* parts;     // [splits, B, N_q, H_q, D]
   const float* part_lse;  // [splits, B, H_q, N_q]

@@ -1,7 +1,7 @@
 // Opening a chunk: the frames that leave the window are fused into the sink, and the sink moves up to the window. One
 // launch for all layers: it reads ring slots and writes sink slots only, so nothing that it reads is written by another
 // thread; each entry is read once and written once.
-#include "rotation.cuh"
+#include "cache_rotation.cuh"
 
 namespace rfkernels::cuda {
 namespace {

@@ -1,5 +1,5 @@
 // Rotates rows at given frame numbers: keys and queries before attention, gradients after it.
-#include "rotation.cuh"
+#include "cache_rotation.cuh"
 
 namespace rfkernels::cuda {
 

@@ -1,23 +1,10 @@
-// Rotary embedding of query rows: angles of the frame reduced in turns in double, row and column angles from a table.
+// Rotation of the attention kernels' rows, four pairs a thread: by phases of the frame and a table of rows and columns.
 #pragma once
 #include "attention_params.h"
 #include "element.h"
+#include "phase.h"
 
 namespace rfkernels::cuda {
-
-// cos and sin of 2 pi t, |t| <= 1/2, to 1e-7. Without the stack frame of sincosf's slow path for huge angles.
-__device__ __forceinline__ void sincos_turns(float t, float& sin, float& cos) {
-  const float quarter = rintf(4.0f * t);
-  const float r = (t - 0.25f * quarter) * 6.283185307179586f;  // the difference is exact; |r| <= pi / 4
-  const float r2 = r * r;
-  const float s = r + r * r2 * (-1.0f / 6 + r2 * (1.0f / 120 + r2 * (-1.0f / 5040 + r2 * (1.0f / 362880))));
-  const float c = 1.0f + r2 * (-0.5f + r2 * (1.0f / 24 + r2 * (-1.0f / 720 + r2 * (1.0f / 40320))));
-  const int quadrant = int(quarter) & 3;
-  sin = quadrant & 1 ? c : s;
-  cos = quadrant & 1 ? s : c;
-  if (quadrant >= 2) sin = -sin;
-  if (quadrant == 1 || quadrant == 2) cos = -cos;
-}
 
 // Phases of kPhases consecutive pairs, computed anew only where the frame changes: rows of a tile lie in few frames.
 // Few at a time: a kernel may hold a full accumulator while it rotates.
@@ -33,9 +20,8 @@ struct PhaseCache {
 #pragma unroll
     for (int i = 0; i < kPhases; ++i) {
       if (first_pair + i >= rope.frame_pairs) break;
-      double turns = double(frame) * rope.frame_turns[first_pair + i];
-      turns -= rint(turns);
-      sincos_turns(float(turns), sin[i], cos[i]);
+      const float2 phase = frame_phase(frame, rope.frame_turns[first_pair + i]);
+      cos[i] = phase.x, sin[i] = phase.y;
     }
   }
 

@@ -9,6 +9,12 @@
 
 namespace rfkernels::cuda {
 
+// A comment in the kernel's PTX, and no instruction: how much dynamic shared memory a launch must ask for.
+template <int kBytes>
+__device__ __forceinline__ void state_shared_bytes() {
+  asm volatile("// dynamic shared memory: %0 bytes" ::"n"(kBytes));
+}
+
 template <int kRows_, int kColumns_>
 struct SharedTile {
   static constexpr int kRows = kRows_, kColumns = kColumns_;
@@ -31,29 +37,21 @@ struct SharedTile {
 
 // Addresses of ldmatrix for 16 x 16 blocks of a tile. By columns, matrices come as (top left, bottom left, top right,
 // bottom right): an `a` of mma, or, transposed, two `b`. By rows as (top left, top right, bottom left, bottom right):
-// two `b` whose two registers are neighbours, as mma wants them (else each costs a move). kVariants registers hold what
-// the permutation makes irregular; rows and slabs are constant offsets from them.
+// two `b` whose two registers are neighbours, as mma wants them (else each costs a move). One register a tile: another
+// column of a slab is an XOR away (the tile begins at a multiple of 128 bytes), rows and slabs are constant offsets.
 template <class Tile, bool kByRows>
 struct BlockAddresses {
-  static constexpr int kVariants = Tile::kSlabUnits / 2;
-  uint32_t variant[kVariants];
+  static constexpr int kSlabBlocks = Tile::kSlabUnits / 2;
+  uint32_t first;
 
-  __device__ __forceinline__ BlockAddresses(uint32_t tile, int lane) {
-#pragma unroll
-    for (int i = 0; i < kVariants; ++i)
-      variant[i] = tile + (kByRows ? Tile::slab_offset(lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2)
-                                   : Tile::slab_offset(lane % 16, 2 * i + lane / 16));
-  }
-  // In another tile of as many columns, which begins `delta` bytes after this one.
-  template <class Other>
-  __device__ __forceinline__ uint32_t at_other(uint32_t delta, int row, int column_block) const {
-    static_assert(Other::kSlabUnits == Tile::kSlabUnits);
-    return variant[column_block % kVariants] + delta + row * Other::kRowBytes +
-           column_block / kVariants * Other::kSlabBytes;
-  }
+  __device__ __forceinline__ BlockAddresses(uint32_t tile, int lane)
+      : first(tile + (kByRows ? Tile::slab_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2)
+                              : Tile::slab_offset(lane % 16, lane / 16))) {}
+
   // row: a multiple of 16; column_block: columns 16 * column_block onwards.
   __device__ __forceinline__ uint32_t at(int row, int column_block) const {
-    return variant[column_block % kVariants] + row * Tile::kRowBytes + column_block / kVariants * Tile::kSlabBytes;
+    return (first ^ column_block % kSlabBlocks * 32) + row * Tile::kRowBytes +
+           column_block / kSlabBlocks * Tile::kSlabBytes;
   }
 };
 

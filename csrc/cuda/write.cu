@@ -1,5 +1,5 @@
 // A pass writes its K and V into the open frames: keys rotated once, at their absolute frame number. One launch.
-#include "rotation.cuh"
+#include "cache_rotation.cuh"
 
 namespace rfkernels::cuda {
 

@@ -56,9 +56,9 @@ def run_prefix(cuda_module, dtype, head_dim, *, frames=3, size=(5, 9), ages=(2, 
     return counts
 
 
-@each_kernel
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@each_kernel
 def test_prefix(cuda_module, dtype, head_dim, hopper):
     """A stream with a missing frame, and one whose cache is full; grouped heads."""
     counts = run_prefix(cuda_module, dtype, head_dim, hopper=hopper)

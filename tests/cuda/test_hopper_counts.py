@@ -9,10 +9,10 @@ from ptx import emulator
 import rfkernels as rf
 from cuda.conftest import cuda_ptx
 from cuda.launch import forward
-from cuda.test_forward_counts import HEAD_DIM, KEYS, QUERIES, launch
+from cuda.test_forward_counts import KEYS, QUERIES, launch
 from rfkernels.geometry import WindowMask
 
-NAME, TILE_KEYS = "hopper/bf16_d128", 128
+NAME, HEAD_DIM, TILE_KEYS = "hopper/bf16_d128", 128, 128
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,9 @@
 #pragma once
 #include "cache_tiles.h"
 #include "numbers.cuh"
+#include "phase.h"
 
 namespace rfkernels::cuda {
-
-// cos and sin of pair `pair` at a frame. Reduced in turns in double, exact at any frame; the rest is float: double
-// sincos would need a stack frame.
-__device__ __forceinline__ float2 frame_phase(int64_t frame, double turns_per_frame) {
-  double turns = double(frame) * turns_per_frame;
-  turns -= rint(turns);
-  float2 phase;
-  sincospif(2.0f * float(turns), &phase.y, &phase.x);
-  return phase;
-}
 
 // The phases of all frame pairs of one frame, once per block. Every thread must come here.
 __device__ __forceinline__ void share_frame_phases(float2* shared, int64_t frame, const RopeView& rope) {
