@@ -71,11 +71,11 @@ struct ForwardTiles {
   int head_dim, keys;
   bool hopper = false;
 
-  constexpr bool two() const { return !hopper && head_dim <= 128; }  // 32 rows of 256 columns take every register
-  constexpr int row_blocks() const { return two() ? 2 : 1; }
+  constexpr bool wide_warps() const { return !hopper && head_dim <= 128; }  // 32 rows of 256 columns take all registers
+  constexpr int row_blocks() const { return wide_warps() ? 2 : 1; }
   constexpr int owners() const { return 32 * kRows / (16 * row_blocks()); }
   constexpr int threads() const { return owners() + (hopper ? 128 : 0); }
-  constexpr int blocks_per_sm() const { return two() ? 2 : 1; }
+  constexpr int blocks_per_sm() const { return wide_warps() ? 2 : 1; }
   constexpr int stages() const { return hopper ? 2 : 1; }
   constexpr int shared_bytes() const {
     return 2 * head_dim * (kRows + 2 * stages() * keys) + (hopper ? kHopperBarrierBytes : kForwardKeptBytes);
