@@ -4,30 +4,30 @@
 
 #include "cuda/attention_host.h"
 
-// A kernel is a line here; of those for a type and head_dim the first that serves is taken.
-#define RF_FORWARD_KERNELS(X) /* name, type, head_dim, keys of a tile, made */    \
-  X(rf_attention_forward_hopper_fp16_d64, DType::Float16, 64, 128, kForHopper)    \
-  X(rf_attention_forward_hopper_fp16_d80, DType::Float16, 80, 128, kForHopper)    \
-  X(rf_attention_forward_hopper_fp16_d96, DType::Float16, 96, 128, kForHopper)    \
-  X(rf_attention_forward_hopper_fp16_d128, DType::Float16, 128, 128, kForHopper)  \
-  X(rf_attention_forward_hopper_fp16_d256, DType::Float16, 256, 64, kForHopper)   \
-  X(rf_attention_forward_hopper_bf16_d64, DType::BFloat16, 64, 128, kForHopper)   \
-  X(rf_attention_forward_hopper_bf16_d80, DType::BFloat16, 80, 128, kForHopper)   \
-  X(rf_attention_forward_hopper_bf16_d96, DType::BFloat16, 96, 128, kForHopper)   \
-  X(rf_attention_forward_hopper_bf16_d128, DType::BFloat16, 128, 128, kForHopper) \
-  X(rf_attention_forward_hopper_bf16_d256, DType::BFloat16, 256, 64, kForHopper)  \
-  X(rf_attention_forward_fp16_d64, DType::Float16, 64, 64, kForAll)               \
-  X(rf_attention_forward_fp16_d80, DType::Float16, 80, 64, kForAll)               \
-  X(rf_attention_forward_fp16_d96, DType::Float16, 96, 64, kForAll)               \
-  X(rf_attention_forward_fp16_d128_k32, DType::Float16, 128, 32, kForSmall)       \
-  X(rf_attention_forward_fp16_d128, DType::Float16, 128, 64, kForAll)             \
-  X(rf_attention_forward_fp16_d256, DType::Float16, 256, 32, kForAll)             \
-  X(rf_attention_forward_bf16_d64, DType::BFloat16, 64, 64, kForAll)              \
-  X(rf_attention_forward_bf16_d80, DType::BFloat16, 80, 64, kForAll)              \
-  X(rf_attention_forward_bf16_d96, DType::BFloat16, 96, 64, kForAll)              \
-  X(rf_attention_forward_bf16_d128_k32, DType::BFloat16, 128, 32, kForSmall)      \
-  X(rf_attention_forward_bf16_d128, DType::BFloat16, 128, 64, kForAll)            \
-  X(rf_attention_forward_bf16_d256, DType::BFloat16, 256, 32, kForAll)
+// A kernel is a line here; of those for a type and head_dim the first that fits serves.
+#define RF_FORWARD_KERNELS(X) /* name, type, head_dim, keys of a tile, made for */ \
+  X(rf_attention_forward_hopper_fp16_d64, DType::Float16, 64, 128, kHopper)        \
+  X(rf_attention_forward_hopper_fp16_d80, DType::Float16, 80, 128, kHopper)        \
+  X(rf_attention_forward_hopper_fp16_d96, DType::Float16, 96, 128, kHopper)        \
+  X(rf_attention_forward_hopper_fp16_d128, DType::Float16, 128, 128, kHopper)      \
+  X(rf_attention_forward_hopper_fp16_d256, DType::Float16, 256, 64, kHopper)       \
+  X(rf_attention_forward_hopper_bf16_d64, DType::BFloat16, 64, 128, kHopper)       \
+  X(rf_attention_forward_hopper_bf16_d80, DType::BFloat16, 80, 128, kHopper)       \
+  X(rf_attention_forward_hopper_bf16_d96, DType::BFloat16, 96, 128, kHopper)       \
+  X(rf_attention_forward_hopper_bf16_d128, DType::BFloat16, 128, 128, kHopper)     \
+  X(rf_attention_forward_hopper_bf16_d256, DType::BFloat16, 256, 64, kHopper)      \
+  X(rf_attention_forward_fp16_d64, DType::Float16, 64, 64, kAll)                   \
+  X(rf_attention_forward_fp16_d80, DType::Float16, 80, 64, kAll)                   \
+  X(rf_attention_forward_fp16_d96, DType::Float16, 96, 64, kAll)                   \
+  X(rf_attention_forward_fp16_d128_k32, DType::Float16, 128, 32, kSmall)           \
+  X(rf_attention_forward_fp16_d128, DType::Float16, 128, 64, kAll)                 \
+  X(rf_attention_forward_fp16_d256, DType::Float16, 256, 32, kAll)                 \
+  X(rf_attention_forward_bf16_d64, DType::BFloat16, 64, 64, kAll)                  \
+  X(rf_attention_forward_bf16_d80, DType::BFloat16, 80, 64, kAll)                  \
+  X(rf_attention_forward_bf16_d96, DType::BFloat16, 96, 64, kAll)                  \
+  X(rf_attention_forward_bf16_d128_k32, DType::BFloat16, 128, 32, kSmall)          \
+  X(rf_attention_forward_bf16_d128, DType::BFloat16, 128, 64, kAll)                \
+  X(rf_attention_forward_bf16_d256, DType::BFloat16, 256, 32, kAll)
 #define RF_DECLARE_ROW(name, ...) RF_DECLARE_KERNEL(name)
 RF_FORWARD_KERNELS(RF_DECLARE_ROW)
 RF_DECLARE_KERNEL(rf_attention_merge_fp16)
@@ -39,25 +39,28 @@ namespace {
 constexpr int kMergeRows = 8, kMergeThreads = 256, kMaxSplits = 16;
 constexpr int kSmallShared = 128 * 1024;  // sm_86, sm_89 and sm_120 have 100 KB, the others 164 KB and more
 
+enum class For { kAll, kSmall /* multiprocessors with 100 KB of shared memory */, kHopper /* 9.0 */ };
+
 struct ForwardKernel {
   Kernel kernel;
   DType dtype;
   ForwardTiles tiles;
+  For device;
 
-  bool serves(const Tensor& x) const {
-    return tiles.made == Made::kForHopper  ? capability(x) == 90
-           : tiles.made == Made::kForSmall ? shared_memory(x) < kSmallShared
-                                           : true;
+  bool runs_on(const Tensor& x) const {
+    if (device == For::kHopper) return capability(x) == 90;
+    return device == For::kAll || shared_memory(x) < kSmallShared;
   }
 };
 
-#define RF_ROW(name, dtype, head_dim, keys, made) {RF_KERNEL(name), dtype, {head_dim, keys, Made::made}},
+#define RF_ROW(name, dtype, head_dim, keys, device) \
+  {RF_KERNEL(name), dtype, {head_dim, keys, For::device == For::kHopper}, For::device},
 const ForwardKernel kForward[] = {RF_FORWARD_KERNELS(RF_ROW)};
 
 const ForwardKernel& forward_kernel(const Tensor& k, int64_t head_dim) {
   const DType dtype = dtype_of(k);
   for (const ForwardKernel& row : kForward)
-    if (row.dtype == dtype && row.tiles.head_dim == head_dim && row.serves(k) && available(row.kernel)) return row;
+    if (row.dtype == dtype && row.tiles.head_dim == head_dim && row.runs_on(k) && available(row.kernel)) return row;
   STD_TORCH_CHECK(false, "no CUDA attention kernel was compiled in for this dtype and head_dim ", head_dim);
 }
 

@@ -49,24 +49,6 @@ def test_faults_are_seen():
         assert report.faults(row | change, 80)
 
 
-def test_dynamic_shared_memory_must_be_stated():
-    entry = """.extern .shared .align 128 .b8 tiles[];
-.visible .entry kernel(
-	.param .align 8 .b8 kernel_param_0[8]
-)
-.maxntid 128
-{
-	mov.b32 %r1, tiles;
-	ret;
-}
-"""
-    assert report.launch_bounds(entry.replace("tiles;", "5;")) == {"kernel": (128, 1, 0)}
-    stated = entry.replace("\tret;", "\t// dynamic shared memory: 640 bytes\n\tret;")
-    assert report.launch_bounds(stated) == {"kernel": (128, 1, 640)}
-    with pytest.raises(RuntimeError, match="state_shared_bytes"):
-        report.launch_bounds(entry)
-
-
 SERIALISED = """
 #include "{csrc}/cuda/wgmma.h"
 using namespace rfkernels::cuda;
@@ -117,3 +99,21 @@ SASS = """
 def test_the_shortest_way_through_a_loop():
     found = report.straight.row(SASS, 2)
     assert found == {"tensor": 1, "special": 1, "other": 3, "per_score": 2.0, "copies_per_score": 0.5}
+
+
+def test_dynamic_shared_memory_must_be_stated():
+    entry = """.extern .shared .align 128 .b8 tiles[];
+.visible .entry kernel(
+	.param .align 8 .b8 kernel_param_0[8]
+)
+.maxntid 128
+{
+	mov.b32 %r1, tiles;
+	ret;
+}
+"""
+    assert report.launch_bounds(entry.replace("tiles;", "5;")) == {"kernel": (128, 1, 0)}
+    stated = entry.replace("\tret;", "\t// dynamic shared memory: 640 bytes\n\tret;")
+    assert report.launch_bounds(stated) == {"kernel": (128, 1, 640)}
+    with pytest.raises(RuntimeError, match="state_shared_bytes"):
+        report.launch_bounds(entry)

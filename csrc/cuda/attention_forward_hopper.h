@@ -19,18 +19,17 @@ template <class T, int kHeadDim_, int kTileKeys_>
 struct HopperConfig {
   using Element = T;
   static constexpr int kHeadDim = kHeadDim_, kTileKeys = kTileKeys_;
-  static constexpr ForwardTiles kTiles{kHeadDim, kTileKeys, Made::kForHopper};
-  static constexpr int kTileRows = ForwardTiles::kRows, kRowBlocks = kTiles.row_blocks();
+  static constexpr ForwardTiles kTiles{kHeadDim, kTileKeys, true};
+  static constexpr int kTileRows = ForwardTiles::kRows, kRowBlocks = kTiles.row_blocks(), kStages = kTiles.stages();
+  static constexpr int kThreads = kTiles.owners();  // the consumers, which come first
   static constexpr int kBlockThreads = kTiles.threads();
-  static constexpr int kThreads = kBlockThreads - 128;  // the consumers, which come first
-  static constexpr int kStages = 2;
   static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
   using QTile = SharedTile<kTileRows, kHeadDim>;
   using KVTile = SharedTile<kTileKeys, kHeadDim>;
   struct Producers {  // what TileCopier wants to know
     using KVTile = HopperConfig::KVTile;
-    static constexpr int kTileKeys = kTileKeys_, kThreads = 128;
+    static constexpr int kTileKeys = kTileKeys_, kThreads = kBlockThreads - HopperConfig::kThreads;
   };
   static constexpr int kSharedQ = 0;
   static constexpr int kSharedK = QTile::kBytes;
@@ -40,8 +39,8 @@ struct HopperConfig {
 
   static_assert(kHeadDim / 2 + kTileKeys / 2 + kTileKeys / 4 <= 192, "accumulator, scores and weights");
   static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 168 * kBlockThreads);
-  static_assert(kHopperBarrierBytes == 2 * 2 * 8 * kStages && kSharedBytes <= 227 * 1024, "a block of sm_90");
-  static_assert(kSharedBytes == kTiles.shared_bytes());
+  static_assert(kHopperBarrierBytes == 2 * 2 * 8 * kStages);
+  static_assert(kSharedBytes == kTiles.shared_bytes() && kSharedBytes <= 227 * 1024, "a block of sm_90");
   static_assert(kTileKeys * KVTile::kSlabUnits % 128 == 0, "every producer copies as many units");
 };
 

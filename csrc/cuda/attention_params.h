@@ -64,22 +64,21 @@ struct ForwardParams {
   int32_t row_blocks;  // ceil(queries / rows of a tile)
 };
 
-enum class Made { kForAll, kForSmall /* multiprocessors of 100 KB */, kForHopper /* sm_90a */ };
-
-// What a block of a forward kernel needs: kRows queries and two tiles of `keys` keys, one of them of values (on Hopper
-// two of each). A warp owns 16 * row_blocks() rows; Hopper's has a warpgroup more, which copies.
+// What a block of a forward kernel needs: kRows queries, one tile of `keys` keys and one of values (for Hopper two of
+// each). A warp owns 16 * row_blocks() rows; for Hopper four warps more own none.
 struct ForwardTiles {
   static constexpr int kRows = 128;
   int head_dim, keys;
-  Made made = Made::kForAll;
+  bool hopper = false;
 
-  constexpr bool hopper() const { return made == Made::kForHopper; }
-  // 32 rows of 256 columns take every register.
-  constexpr int row_blocks() const { return !hopper() && head_dim <= 128 ? 2 : 1; }
-  constexpr int threads() const { return 32 * kRows / (16 * row_blocks()) + (hopper() ? 128 : 0); }
-  constexpr int blocks_per_sm() const { return !hopper() && head_dim <= 128 ? 2 : 1; }
+  constexpr bool wide_warps() const { return !hopper && head_dim <= 128; }  // 32 rows of 256 columns take all registers
+  constexpr int row_blocks() const { return wide_warps() ? 2 : 1; }
+  constexpr int owners() const { return 32 * kRows / (16 * row_blocks()); }
+  constexpr int threads() const { return owners() + (hopper ? 128 : 0); }
+  constexpr int blocks_per_sm() const { return wide_warps() ? 2 : 1; }
+  constexpr int stages() const { return hopper ? 2 : 1; }
   constexpr int shared_bytes() const {
-    return 2 * head_dim * (kRows + (hopper() ? 4 : 2) * keys) + (hopper() ? kHopperBarrierBytes : kForwardKeptBytes);
+    return 2 * head_dim * (kRows + 2 * stages() * keys) + (hopper ? kHopperBarrierBytes : kForwardKeptBytes);
   }
 };
 

@@ -1,11 +1,13 @@
 """The attention forward executed on the PTX emulator, all checkers on, against reference.py."""
 
+import itertools
+
 import budget
 import pytest
 import torch
 
 import rfkernels as rf
-from cuda.launch import forward
+from cuda.launch import SHORT, forward
 from rfkernels import reference
 from rfkernels.arguments import Past
 from rfkernels.geometry import CacheGeometry, WindowMask
@@ -56,9 +58,14 @@ def run_prefix(cuda_module, dtype, head_dim, *, frames=3, size=(5, 9), ages=(2, 
     return counts
 
 
-@each_kernel
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def prefixes():
+    for hopper, head_dim, dtype in itertools.product((False, True), (64, 80, 96, 128, 256), (BF16, FP16)):
+        marks = pytest.mark.slow if hopper and dtype is FP16 and head_dim not in (64, 128) else ()
+        name = f"{SHORT[dtype]}-{head_dim}-{'sm_90a' if hopper else 'sm_80'}"
+        yield pytest.param(dtype, head_dim, hopper, marks=marks, id=name)
+
+
+@pytest.mark.parametrize("dtype, head_dim, hopper", prefixes())
 def test_prefix(cuda_module, dtype, head_dim, hopper):
     """A stream with a missing frame, and one whose cache is full; grouped heads."""
     counts = run_prefix(cuda_module, dtype, head_dim, hopper=hopper)
