@@ -123,6 +123,17 @@ def test_window(cuda_module, mask, size, last_queries):
     compare("window", got, exact, plain, dtype)
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+def test_nan_is_not_hidden(cuda_module, splits):
+    """A key that is NaN makes every row that sees it NaN, its normaliser too, whichever part of the keys it is in."""
+    q, k, v = (torch.randn(1, n, 1, 64).bfloat16() for n in (128, 512, 512))
+    k[0, 300] = float("nan")
+    out, lse, _ = forward(
+        cuda_module, q, k, v, num_frames=torch.tensor([4]), frame_tokens=128, capacity=4, scale=0.1, splits=splits
+    )
+    assert out.isnan().all() and lse.isnan().all()
+
+
 @pytest.mark.parametrize(
     "options",
     [
