@@ -176,3 +176,14 @@ def test_prefix_forms(cuda_module, options, hopper):
 def test_tiles_of_32_keys(cuda_module):
     """The kernel of multiprocessors with 100 KB of shared memory."""
     run_prefix(cuda_module, BF16, 128, ages=(3,), heads=(1, 1), keys=32)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_nan_is_not_hidden(cuda_module, splits):
+    """A key that is NaN makes every row that sees it NaN, its normaliser too, whichever part of the keys it is in."""
+    q, k, v = (torch.randn(1, n, 1, 64).bfloat16() for n in (128, 512, 512))
+    k[0, 300] = float("nan")
+    out, lse, _ = forward(
+        cuda_module, q, k, v, num_frames=torch.tensor([4]), frame_tokens=128, capacity=4, scale=0.1, splits=splits
+    )
+    assert out.isnan().all() and lse.isnan().all()
