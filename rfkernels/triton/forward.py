@@ -13,8 +13,8 @@ from ..rope import RopeTables
 from . import tiles
 from .cache import rotate
 from .launch import FUSION, on_device, padded, rotary, rows
-from .masks import evicted_frames, interior, share, visible_keys
-from .rotation import head_columns, narrow, phases, phases_of_two, rotate_tile
+from .masks import interior, share, visible_keys
+from .rotation import head_columns, narrow, query_phases, rotate_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -77,41 +77,6 @@ def _sweep(
         k_base += BLOCK_N * k_step
         v_base += BLOCK_N * v_step
     return acc, total, top
-
-
-@triton.jit
-def _frame_of(
-    index, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE: tl.constexpr
-):
-    """The frame number at which a query is rotated."""
-    frame = index // frame_tokens
-    if USE == "window":
-        return frame - part * evicted_frames(
-            index, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens
-        )
-    return frame + shift
-
-
-@triton.jit
-def query_phases(
-    first, last, index, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, TURNS,
-    SPATIAL, USE: tl.constexpr, TWO_FRAMES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    FRAME_PAIRS: tl.constexpr,
-):  # fmt: skip
-    """cos and sin of a tile of queries, from token ``first`` to ``last``; TWO_FRAMES: it lies in two frames at most."""
-    if TWO_FRAMES:
-        frame = _frame_of(
-            first, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE
-        )
-        final = _frame_of(
-            last, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE
-        )
-        is_last = index // frame_tokens > first // frame_tokens
-        return phases_of_two(frame, final, is_last, index % frame_tokens, TURNS, SPATIAL, D, BLOCK_D, FRAME_PAIRS)
-    frame = _frame_of(
-        index, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE
-    )
-    return phases(frame[:, None], index % frame_tokens, TURNS, SPATIAL, D, BLOCK_D, FRAME_PAIRS)
 
 
 @triton.jit
