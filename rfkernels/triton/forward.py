@@ -104,7 +104,7 @@ def forward_kernel(
     wide_head, wide_sample = head.to(tl.int64), sample.to(tl.int64)
     key_head = wide_head // GROUP
 
-    # Rows are counted from the tile's first: their indices in the sequence would stay in registers for the last store.
+    # Rows are counted from the tile's first, in 32 bits: indices in the sequence would be kept for the last store.
     first = block * BLOCK_M
     within = tl.arange(0, BLOCK_M)
     known = tl.minimum(within, queries - 1 - first)  # rows past the end repeat the last one and are not stored
@@ -137,12 +137,14 @@ def forward_kernel(
     ).to(tl.float32) * sign  # fmt: skip
     if ROPE:
         cos, sin = query_phases(
-            first + offset, tl.minimum(first + BLOCK_M, queries) - 1 + offset, first + known + offset, num_frames - frames, 0, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, TURNS,
+            first + offset, tl.minimum(first + BLOCK_M, queries) - 1 + offset, first + known + offset,
+            num_frames - frames, 0, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, TURNS,
             SPATIAL, USE, TWO_FRAMES, D, BLOCK_D, FRAME_PAIRS,
         )  # fmt: skip
         q = rotate_tile(q, cos, sin, HALF)
     q = narrow(q, K.dtype.element_ty)
-    EDGE_N: tl.constexpr = BLOCK_N // 2  # masks need registers: edges go in half tiles, which also waste fewer keys
+    # Masks need registers: edges go in smaller tiles, which also waste fewer keys.
+    EDGE_N: tl.constexpr = min(BLOCK_N // 2, 32)
     # Two ranges of keys: past and own chunk, or window and sinks outside it. A loop, not unrolled: an unrolled second
     # turn shares loads and phases with the first, and keeping those alive across the sweep spills registers.
     for part in range(1 if USE == "prefix" else 2):
@@ -192,8 +194,8 @@ def forward_kernel(
         if ROPE and USE == "window":  # sinks outside the window are next, and meet the queries in another rotation
             tl.debug_barrier()  # or the load moves before the loop, where its registers are missing
             sink_q = SINK_Q + wide_sample * sq_b + wide_head * sq_h + first.to(tl.int64) * sq_n
-            q = tl.load(sink_q + (known[:, None] * sq_n + q_columns[None, :]), mask=q_exists[None, :], other=0.0).to(tl.float32) * sign
-            q = q.to(K.dtype.element_ty)
+            sink_q += known[:, None] * sq_n + q_columns[None, :]
+            q = (tl.load(sink_q, mask=q_exists[None, :], other=0.0).to(tl.float32) * sign).to(K.dtype.element_ty)
 
     total = tl.sum(total, 1)
     empty = (total == 0.0) | (first + within < missing)
@@ -201,11 +203,12 @@ def forward_kernel(
     lse = tl.where(empty, float("-inf"), (top + tl.math.log2(tl.where(empty, 1.0, total))) * LN_2)
     place = (split * batch + sample).to(tl.int64)
     stored = within < queries - first
+    # First: after the other store, one more register would be held through all sweeps.
+    tl.store(LSE + (place * heads + head) * queries + first + within, lse, mask=stored)
     tl.store(
         OUT + ((place * queries + first) * heads + head) * D + (within[:, None] * (heads * D) + columns[None, :]),
         narrow(out, OUT.dtype.element_ty), mask=stored[:, None] & exists[None, :],
     )  # fmt: skip
-    tl.store(LSE + (place * heads + head) * queries + first + within, lse, mask=stored)
 
 
 @triton.jit
