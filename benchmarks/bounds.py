@@ -83,7 +83,7 @@ def attention_table() -> list[str]:
         if row["kernel"].endswith("_d128_k32" if arch == 120 else "_d128")  # the host's choice
     ]
     for arch, row in [*_baseline(BASELINE), *cuda]:
-        if row.get("loop") is None or row["case"].startswith("anchor"):
+        if "forward" not in row["kernel"] or row.get("loop") is None or row["case"].startswith("anchor"):
             continue
         gpu = GPUS[arch]
         clocks = loop_bounds(row, gpu)

@@ -13,8 +13,8 @@ from ..rope import RopeTables
 from . import tiles
 from .cache import rotate
 from .launch import FUSION, on_device, padded, rotary, rows
-from .masks import evicted_frames, interior, share, visible_keys
-from .rotation import head_columns, narrow, phases, phases_of_two, rotate_tile
+from .masks import interior, share, visible_keys
+from .rotation import head_columns, narrow, query_phases, rotate_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -80,41 +80,6 @@ def _sweep(
 
 
 @triton.jit
-def _frame_of(
-    index, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE: tl.constexpr
-):
-    """The frame number at which a query is rotated."""
-    frame = index // frame_tokens
-    if USE == "window":
-        return frame - part * evicted_frames(
-            index, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens
-        )
-    return frame + shift
-
-
-@triton.jit
-def query_phases(
-    first, last, index, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, TURNS,
-    SPATIAL, USE: tl.constexpr, TWO_FRAMES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    FRAME_PAIRS: tl.constexpr,
-):  # fmt: skip
-    """cos and sin of a tile of queries, from token ``first`` to ``last``; TWO_FRAMES: it lies in two frames at most."""
-    if TWO_FRAMES:
-        frame = _frame_of(
-            first, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE
-        )
-        final = _frame_of(
-            last, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE
-        )
-        is_last = index // frame_tokens > first // frame_tokens
-        return phases_of_two(frame, final, is_last, index % frame_tokens, TURNS, SPATIAL, D, BLOCK_D, FRAME_PAIRS)
-    frame = _frame_of(
-        index, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE
-    )
-    return phases(frame[:, None], index % frame_tokens, TURNS, SPATIAL, D, BLOCK_D, FRAME_PAIRS)
-
-
-@triton.jit
 def forward_kernel(
     Q, SINK_Q, K, V, OWN_K, OWN_V, OUT, LSE, NUM_FRAMES, TURNS, SPATIAL,
     q_b, q_n, q_h, sq_b, sq_n, sq_h, k_b, k_n, k_h, v_b, v_n, v_h, ok_b, ok_n, ok_h, ov_b, ov_n, ov_h,
@@ -139,8 +104,10 @@ def forward_kernel(
     wide_head, wide_sample = head.to(tl.int64), sample.to(tl.int64)
     key_head = wide_head // GROUP
 
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    known = tl.minimum(row, queries - 1)  # rows past the end repeat the last one and are not stored
+    # Rows are counted from the tile's first, in 32 bits: indices in the sequence would be kept for the last store.
+    first = block * BLOCK_M
+    within = tl.arange(0, BLOCK_M)
+    known = tl.minimum(within, queries - 1 - first)  # rows past the end repeat the last one and are not stored
     offset = keys - queries if USE == "window" else 0
     frames, num_frames = 0, 0
     missing = 0  # rows of frames that a young stream does not have
@@ -164,26 +131,28 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M, 8], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     q = tl.load(
-        Q + wide_sample * q_b + wide_head * q_h + known.to(tl.int64)[:, None] * q_n + q_columns[None, :],
+        Q + wide_sample * q_b + wide_head * q_h + first.to(tl.int64) * q_n
+        + (known[:, None] * q_n + q_columns[None, :]),
         mask=q_exists[None, :], other=0.0,
     ).to(tl.float32) * sign  # fmt: skip
     if ROPE:
         cos, sin = query_phases(
-            block * BLOCK_M + offset, tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1 + offset, known + offset,
+            first + offset, tl.minimum(first + BLOCK_M, queries) - 1 + offset, first + known + offset,
             num_frames - frames, 0, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, TURNS,
             SPATIAL, USE, TWO_FRAMES, D, BLOCK_D, FRAME_PAIRS,
         )  # fmt: skip
         q = rotate_tile(q, cos, sin, HALF)
     q = narrow(q, K.dtype.element_ty)
-    EDGE_N: tl.constexpr = BLOCK_N // 2  # masks need registers: edges go in half tiles, which also waste fewer keys
-    # Two ranges of keys: past and own chunk, or window and sinks outside it. A loop, not unrolled: an unrolled second
-    # turn shares loads and phases with the first, and keeping those alive across the sweep spills registers.
-    for part in range(1 if USE == "prefix" else 2):
+    # Masks need registers: edges go in smaller tiles, which also waste fewer keys.
+    EDGE_N: tl.constexpr = min(BLOCK_N // 2, 32)
+    # Two ranges of keys: past and own chunk, or window and sinks outside it. Unrolled: sweeps inside another loop would
+    # take the accumulator's layout from it, and convert it in every turn (sm_100).
+    for part in tl.static_range(1 if USE == "prefix" else 2):
         k_base, v_base, k_step, v_step = k_head, v_head, k_n, v_n
-        low, high = row, row
+        low, high = known, known
         if USE == "window":
-            first_row = block * BLOCK_M + offset
-            last_row = tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1 + offset
+            first_row = first + offset
+            last_row = tl.minimum(first + BLOCK_M, queries) - 1 + offset
             begin, full_end = visible_keys(
                 first_row, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
             )
@@ -191,18 +160,19 @@ def forward_kernel(
                 last_row, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
             )
             low, high = visible_keys(
-                known + offset, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
-            )
+                first_row + known, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens,
+                OWN_CHUNK,
+            )  # fmt: skip
         else:
             begin = missing * part
             end = valid * frame_tokens
             if USE == "chunk":
-                if part == 1:  # known on the device only: not to be joined with the line above
-                    end = missing * 0 + queries
+                if part == 1:
+                    end = queries
                     k_base = OWN_K + wide_sample * ok_b + key_head * ok_h
                     v_base = OWN_V + wide_sample * ov_b + key_head * ov_h
                     k_step, v_step = ok_n, ov_n
-            end = tl.where(block * BLOCK_M + BLOCK_M <= missing, begin, end)  # nobody here to attend
+            end = tl.where(first + BLOCK_M <= missing, begin, end)  # nobody here to attend
             full_begin, full_end = begin, end
         limit = end
         begin, end = share(begin, end, split, BLOCK_N, SPLITS)
@@ -221,24 +191,24 @@ def forward_kernel(
             acc, total, top, q, k_base, v_base, k_step, v_step, q_columns, q_exists, exists, stop, end,
             low, high, limit, scale2, True, USE == "window", D != BLOCK_D, EDGE_N, PRECISION, STAGES,
         )  # fmt: skip
-        if ROPE and USE == "window":  # sinks outside the window are next, and meet the queries in another rotation
-            tl.debug_barrier()  # or the load moves before the loop, where its registers are missing
-            sink_q = SINK_Q + wide_sample * sq_b + wide_head * sq_h + known.to(tl.int64)[:, None] * sq_n
-            q = tl.load(sink_q + q_columns[None, :], mask=q_exists[None, :], other=0.0).to(tl.float32) * sign
-            q = q.to(K.dtype.element_ty)
+        if ROPE and USE == "window" and part == 0:  # sinks outside the window meet the queries in another rotation
+            tl.debug_barrier()  # or the load moves before the sweeps, where its registers are missing
+            sink_q = SINK_Q + wide_sample * sq_b + wide_head * sq_h + first.to(tl.int64) * sq_n
+            sink_q += known[:, None] * sq_n + q_columns[None, :]
+            q = (tl.load(sink_q, mask=q_exists[None, :], other=0.0).to(tl.float32) * sign).to(K.dtype.element_ty)
 
     total = tl.sum(total, 1)
-    empty = (total == 0.0) | (row < missing)
+    empty = (total == 0.0) | (first + within < missing)
     out = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
     lse = tl.where(empty, float("-inf"), (top + tl.math.log2(tl.where(empty, 1.0, total))) * LN_2)
     place = (split * batch + sample).to(tl.int64)
-    stored = row < queries
-    out_rows = ((place * queries + row) * heads + head) * D
+    stored = within < queries - first
+    # First: after the other store, one more register would be held through all sweeps.
+    tl.store(LSE + (place * heads + head) * queries + first + within, lse, mask=stored)
     tl.store(
-        OUT + out_rows[:, None] + columns[None, :], narrow(out, OUT.dtype.element_ty),
-        mask=stored[:, None] & exists[None, :],
+        OUT + ((place * queries + first) * heads + head) * D + (within[:, None] * (heads * D) + columns[None, :]),
+        narrow(out, OUT.dtype.element_ty), mask=stored[:, None] & exists[None, :],
     )  # fmt: skip
-    tl.store(LSE + (place * heads + head) * queries + row, lse, mask=stored)
 
 
 @triton.jit
@@ -324,11 +294,12 @@ def attend(q: torch.Tensor, keys: Keys, rope: RopeTables | None, scale: float) -
     rotation = rotary(rope, q)
     block_d = padded(head_dim)
     with on_device(q):
-        tile = tiles.forward_tile(tiles.architecture(), block_d, k.dtype, keys.use)
+        tile = tiles.forward_tile(tiles.architecture(), block_d, k.dtype, keys.use, shared=False)
         programs = triton.cdiv(queries, tile.rows) * heads * batch
         splits = tiles.splits(programs, keys.longest, tile, tiles.processors(q.device))
         parts, part_lse = out, lse
         if splits > 1:
+            tile = tiles.forward_tile(tiles.architecture(), block_d, k.dtype, keys.use, shared=True)  # as many rows
             parts, part_lse = (torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
         mask = (0, 0, 1, 1, True) if keys.mask is None else keys.mask
         frame_tokens = rope.frame_tokens if rope is not None and keys.mask is not None else keys.frame_tokens

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .masks import evicted_frames
+
 
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
@@ -74,6 +76,43 @@ def phases_of_two(
     sin2, cos2 = frame_phases(last, TURNS, BLOCK_D, FRAME_PAIRS)
     sin, cos = tl.where(is_last[:, None], sin2, sin), tl.where(is_last[:, None], cos2, cos)
     return with_spatial(sin, cos, tokens, SPATIAL, D, BLOCK_D, FRAME_PAIRS)
+
+
+@triton.jit
+def _frame_of(
+    index, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE: tl.constexpr
+):
+    """The frame number at which a query is rotated."""
+    frame = index // frame_tokens
+    if USE == "window":
+        return frame - part * evicted_frames(
+            index, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens
+        )
+    return frame + shift
+
+
+@triton.jit
+def query_phases(
+    first, last, index, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, TURNS,
+    SPATIAL, USE: tl.constexpr, TWO_FRAMES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    FRAME_PAIRS: tl.constexpr,
+):  # fmt: skip
+    """cos and sin of a tile of queries, from token ``first`` to ``last``; TWO_FRAMES: it lies in two frames at most."""
+    if TWO_FRAMES:
+        frame = _frame_of(
+            first, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE
+        )
+        final = _frame_of(
+            last, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE
+        )
+        token = index - first // frame_tokens * frame_tokens
+        is_last = token >= frame_tokens
+        token = tl.where(is_last, token - frame_tokens, token)
+        return phases_of_two(frame, final, is_last, token, TURNS, SPATIAL, D, BLOCK_D, FRAME_PAIRS)
+    frame = _frame_of(
+        index, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE
+    )
+    return phases(frame[:, None], index % frame_tokens, TURNS, SPATIAL, D, BLOCK_D, FRAME_PAIRS)
 
 
 @triton.jit
