@@ -125,11 +125,13 @@ def trained(tmp_path_factory):
 
 def test_the_command_leaves_all_it_promises(trained):
     run = json.loads((trained / "run.json").read_text())
-    assert list(run["phases"]) == ["teacher", "trajectories", "ode", "dmd", "redmd", "evaluate", "export"]
+    assert list(run["phases"]) == ["teacher", "trajectories", "ode", "dmd", "redmd", "export", "evaluate"]
     assert all(phase["seconds"] >= 0 and phase["commit"] for phase in run["phases"].values())
     steps = [json.loads(line)["step"] for line in (trained / "teacher" / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(presets.PRESETS["seconds"].teacher_steps))
     assert "Re-DMD, EMA 0.99" in (trained / "evaluation.md").read_text()
+    for name, source in (("training.json", "run.json"), ("evaluation.json", "evaluation.json")):
+        assert (trained / "export" / name).read_text() == (trained / source).read_text()
     model = streams.load(trained / "export")
     assert all(p.isfinite().all() for p in model.parameters())
 

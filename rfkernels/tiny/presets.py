@@ -42,16 +42,16 @@ class TrainPreset:
     trajectory_batch: int = 16
     trajectory_steps: int = 12
 
-    ode_steps: int = 600
+    ode_steps: int = 400
     ode_batch: int = 8
     ode_rate: float = 3e-4
 
     student_frames: int = 21  # of a rollout, of which the last ``frames`` are scored and have a gradient
-    student_steps: int = 500
+    student_steps: int = 600
     student_batch: int = 4
-    student_rate: float = 5e-5
-    critic_rate: float = 1e-4
-    generator_every: int = 4
+    student_rate: float = 1e-4
+    critic_rate: float = 2e-4
+    generator_every: int = 3
     ema_decay: float = 0.95
     ema_start: int = 100
     beta: float = 2.0
