@@ -56,7 +56,7 @@ class TrainPreset:
     ema_start: int = 100
     beta: float = 2.0
 
-    evaluation_streams: int = 10
+    evaluation_streams: int = 20
     evaluation_seconds: tuple[float, ...] = (5, 60)
 
     def config(self) -> CausalWanConfig:
