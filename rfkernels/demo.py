@@ -18,12 +18,12 @@ from . import backends
 from .tiny import clips, metrics, streams
 
 CONDITIONS = (
-    ("coffee", "pan right"), ("astronaut", "pan left"), ("immunohistochemistry", "turn"),
-    ("chelsea", "zoom"), ("stereo_motorcycle", "pan up"), ("astronaut", "still"),
+    ("coffee", "pan right"), ("astronaut", "pan left"), ("stereo_motorcycle", "turn"),
+    ("chelsea", "zoom"), ("rocket", "pan up"), ("astronaut", "still"),
 )  # fmt: skip
 SHOWN = ("no sink", "static sink", "EMA 0.99")  # the last is the video
 SEGMENT = 24  # latent frames of a point in the plot
-SCALE = 6  # pixels of the video for one of the model's
+SCALE = 4  # pixels of the video for one of the model's
 
 
 def tiles(frames: torch.Tensor, columns: int = 3) -> torch.Tensor:

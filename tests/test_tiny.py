@@ -59,15 +59,11 @@ def test_unknown_conditions_are_named():
 # --- metrics and reward -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("speed", (0.0, 0.5, 1.0))
-def test_displacement_is_that_of_the_camera(speed):
-    frames, _ = panned(speed)
-    assert metrics.displacement(frames).median().item() == pytest.approx(speed, abs=0.1)
-
-
-def test_displacement_is_low_beyond_a_pixel():
-    """A corner of 12 pixels under a window loses part of a long step: 1.3 for 1.5, as the docs say."""
-    assert 1.2 < metrics.displacement(panned(1.5)[0]).median().item() < 1.5
+@pytest.mark.parametrize("motion", ("pan right", "pan up"))
+@pytest.mark.parametrize("speed", (0.0, *clips.SPEEDS, 1.0, 2.3))
+def test_displacement_is_that_of_the_camera(speed, motion):
+    frames, _ = panned(speed, motion)
+    assert metrics.displacement(frames).median().item() == pytest.approx(speed, abs=0.12)
 
 
 def test_a_flat_picture_does_not_move():
@@ -76,12 +72,12 @@ def test_a_flat_picture_does_not_move():
 
 def test_displacement_of_parts_in_a_turn_and_a_zoom():
     for motion in ("turn", "zoom"):
-        slow, fast = (metrics.displacement(panned(speed, motion)[0]).mean() for speed in (0.2, 1.2))
+        slow, fast = (metrics.displacement(panned(speed, motion)[0]).mean() for speed in (0.4, 2.4))
         assert fast > 2 * slow
 
 
 def test_the_reward_rises_with_speed_and_ignores_a_still_camera():
-    rewards = [metrics.reward(*panned(speed)) for speed in (0.2, 0.6, 1.6)]
+    rewards = [metrics.reward(*panned(speed)) for speed in (0.4, 1.2, 3.2)]
     assert (rewards[1] > rewards[0]).all() and (rewards[2] > rewards[1]).all()
     assert not metrics.reward(*panned(1.0, "still")).any()
     assert max(r.abs().max() for r in rewards) <= 2
@@ -110,6 +106,12 @@ def test_fidelity_knows_the_photographs():
     assert metrics.fidelity(frames, photos[1:] + photos[:1]).mean() < 0.1
 
 
+def test_a_black_picture_and_noise_are_of_no_photograph():
+    photos = list(range(len(clips.PHOTOS)))
+    for frames in (torch.zeros(5, 2, 3, clips.SIZE, clips.SIZE), torch.rand(5, 2, 3, clips.SIZE, clips.SIZE)):
+        assert not metrics.fidelity(frames, photos).any()
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -123,11 +125,13 @@ def trained(tmp_path_factory):
 
 def test_the_command_leaves_all_it_promises(trained):
     run = json.loads((trained / "run.json").read_text())
-    assert list(run["phases"]) == ["teacher", "trajectories", "ode", "dmd", "redmd", "evaluate", "export"]
+    assert list(run["phases"]) == ["teacher", "trajectories", "ode", "dmd", "redmd", "export", "evaluate"]
     assert all(phase["seconds"] >= 0 and phase["commit"] for phase in run["phases"].values())
     steps = [json.loads(line)["step"] for line in (trained / "teacher" / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(presets.PRESETS["seconds"].teacher_steps))
     assert "Re-DMD, EMA 0.99" in (trained / "evaluation.md").read_text()
+    for name, source in (("training.json", "run.json"), ("evaluation.json", "evaluation.json")):
+        assert (trained / "export" / name).read_text() == (trained / source).read_text()
     model = streams.load(trained / "export")
     assert all(p.isfinite().all() for p in model.parameters())
 

@@ -1,7 +1,7 @@
-"""Clips for the small model: a camera moves over a photograph that comes with scikit-image, 16 x 16 RGB.
+"""Clips for the small model: a camera moves over a photograph that comes with scikit-image, 32 x 32 RGB.
 
-Every clip is a function of (seed, number). The photograph is mirrored at its edges for ever, so that a camera may move
-on for ever too.
+Every clip is a function of (seed, number). The camera frames the middle of the photograph; a pan begins anywhere on its
+path. The photograph is mirrored at its edges for ever, so that a camera may move on for ever too.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import torch.nn.functional as F
 
 from .. import checks
 
-PHOTOS = ("astronaut", "chelsea", "coffee", "stereo_motorcycle", "immunohistochemistry")
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "stereo_motorcycle")
 MOTIONS = ("still", "pan left", "pan right", "pan up", "zoom", "turn")  # of the camera
-SIZE = 16  # pixels
-SPEEDS = (0.2, 1.6)  # pixels a frame, log-uniform
+SIZE = 32  # pixels
+SPEEDS = (0.4, 3.2)  # pixels a frame, log-uniform
 CONTEXT_DIM = 16
-_WORLD = 64  # pixels of a photograph's shorter side; a camera sees half of it, at twice the resolution of a frame
-_VIEW, _SWING = 0.5, 0.35  # part of the photograph that is seen; amplitude of its logarithm in a zoom
+_WORLD = 128  # pixels of a photograph's shorter side; a camera sees half of it, at twice the resolution of a frame
+_VIEW = 0.75  # part of the photograph that is seen
+_ASIDE = 0.1  # of the photograph's half width: how far its middle may lie from the centre, or from the path of a pan
+_ZOOM, _TURN = 0.35, 0.6  # amplitudes of a swing: of the logarithm of that part, and in radians
 _RADIUS = SIZE / 2 * 0.75  # pixels from the centre at which a turn or a zoom moves at the given speed
 
 
@@ -86,17 +88,18 @@ def camera(motion: str, speed: float, start: Sequence[float], frames: int) -> to
     """Affine matrices ``[frames, 2, 3]`` in the photograph's -1..1: where the corners of each frame look.
 
     Args:
-        speed: pixels of a frame by which the picture moves from frame to frame (at three quarters of the half width,
-            for a turn and, at its fastest, a zoom).
-        start: x and y of the centre, and the phase of a turn or zoom in radians.
+        speed: pixels of a frame by which the picture moves from frame to frame (at three quarters of the half width
+            and in the middle of the swing, for a turn and a zoom).
+        start: x and y of the centre, and the phase of the swing of a turn or zoom in radians.
     """
     x, y, phase = start
     time = torch.arange(frames, dtype=torch.float64)
     pixel = 2 * _VIEW / SIZE
     towards = {"pan left": (-1, 0), "pan right": (1, 0), "pan up": (0, -1)}.get(motion, (0, 0))
-    angle = phase + speed / _RADIUS * time if motion == "turn" else torch.zeros(frames, dtype=torch.float64)
-    swing = _SWING * torch.sin(phase + speed / (_RADIUS * _SWING) * time) if motion == "zoom" else 0 * time
-    size, cos, sin = _VIEW * swing.exp(), angle.cos(), angle.sin()
+    amplitude = {"turn": _TURN, "zoom": _ZOOM}.get(motion, 0)
+    swing = amplitude * torch.sin(phase + speed / (_RADIUS * amplitude) * time) if amplitude else 0 * time
+    size, angle = (_VIEW, swing) if motion == "turn" else (_VIEW * swing.exp(), 0 * time)
+    cos, sin = angle.cos(), angle.sin()
     rows = [size * cos, -size * sin, x + towards[0] * speed * pixel * time,
             size * sin, size * cos, y + towards[1] * speed * pixel * time]  # fmt: skip
     return torch.stack(rows, 1).reshape(frames, 2, 3)
@@ -119,7 +122,8 @@ def clip(
     speed = low * (high / low) ** drawn if speed is None else speed
     motion = MOTIONS[condition.motion]
     speed = 0.0 if motion == "still" else speed
-    cameras = camera(motion, speed, (2 * x - 1, 2 * y - 1, 2 * math.pi * phase), frames)
+    far_x, far_y = (1.0 if motion in pans else _ASIDE for pans in (("pan left", "pan right"), ("pan up",)))
+    cameras = camera(motion, speed, (far_x * (2 * x - 1), far_y * (2 * y - 1), 2 * math.pi * phase), frames)
     return render(condition.photo, cameras), speed
 
 

@@ -14,17 +14,25 @@ from pathlib import Path
 
 import torch
 
-from ..models import from_pretrained, save_checkpoint
+from ..models import from_pretrained
+from ..models.checkpoints import save_weights
 from . import evaluate, phases
 from .loop import Log, commit
 from .presets import PRESETS, TrainPreset, preset
 
 
 def _export(preset: TrainPreset, folder: Path) -> None:
-    """The Re-DMD student in float16, as it is shipped, how it came to be and what was measured of it."""
-    save_checkpoint(from_pretrained(folder / "redmd"), folder / "export", torch.float16)
+    """The Re-DMD student as it is shipped: float16, and the largest matrix in 8 bits, so that it fits 8 MB."""
+    model = from_pretrained(folder / "redmd")
+    state = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    largest = max(state, key=lambda name: state[name].numel())
+    save_weights(state | {largest: state[largest].to(torch.float8_e4m3fn)}, model.config, folder / "export")
+
+
+def _accompany(folder: Path) -> None:
+    """Puts beside the exported weights how they came to be and what was measured of them."""
     for source, name in (("run.json", "training.json"), ("evaluation.json", "evaluation.json")):
-        if (folder / source).exists():
+        if (folder / "export").exists() and (folder / source).exists():
             (folder / "export" / name).write_text((folder / source).read_text())
 
 
@@ -34,13 +42,13 @@ PHASES: dict[str, Callable[[TrainPreset, Path], float | None]] = {
     "ode": phases.ode,
     "dmd": lambda preset, folder: phases.student(preset, folder, "dmd", 0.0),
     "redmd": lambda preset, folder: phases.student(preset, folder, "redmd", preset.beta),
-    "evaluate": evaluate.evaluate,
     "export": _export,
+    "evaluate": evaluate.evaluate,
 }
 # What a phase reads, and so what must have been run.
 NEEDS = {
     "trajectories": ("teacher",), "ode": ("teacher", "trajectories"), "dmd": ("teacher", "ode"),
-    "redmd": ("teacher", "ode"), "evaluate": ("ode", "dmd", "redmd"), "export": ("redmd",),
+    "redmd": ("teacher", "ode"), "export": ("redmd",), "evaluate": ("ode", "dmd", "export"),
 }  # fmt: skip
 
 
@@ -80,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
             seconds = PHASES[name](chosen, args.out)
             state.finish(name, seconds or time.perf_counter() - begin, started)
             plot(args.out)
+            _accompany(args.out)
     finally:
         torch.set_num_threads(before)
     return 0

@@ -15,9 +15,9 @@ METRICS = ("motion", "flicker", "drift", "sharpness", "fidelity")
 
 
 def cases(folder: Path) -> list[tuple[str, Path, streams.Sink]]:
-    """Name, weights and sink of what is compared."""
+    """Name, weights and sink of what is compared: the Re-DMD student as it is shipped."""
     trained = next(sink for sink in streams.SINKS if sink.name == "EMA 0.99")
-    found = [(f"Re-DMD, {sink.name}", folder / "redmd", sink) for sink in streams.SINKS]
+    found = [(f"Re-DMD, {sink.name}", folder / "export", sink) for sink in streams.SINKS]
     return [
         *found,
         (f"DMD, {trained.name}", folder / "dmd", trained),

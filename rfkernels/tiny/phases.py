@@ -20,7 +20,7 @@ from ..losses import flow_matching_loss
 from ..models import CausalWan, ChunkMask, load_checkpoint, save_checkpoint
 from ..training import ReDMDConfig, ReDMDTrainer, collect_trajectories, ode_regression_loss
 from . import clips, metrics
-from .loop import State, TrainerState, train
+from .loop import State, TrainerState, bfloat16_products, train
 from .presets import TrainPreset
 
 TEACHER, TRAJECTORIES, ODE, STUDENT = 1, 2, 3, 4  # second key of what a phase draws
@@ -66,7 +66,9 @@ def teacher(preset: TrainPreset, folder: Path, **options) -> float | None:
     optimise = optimiser(model)
 
     def step(number: int) -> dict[str, float]:
-        clean, conditions = clips.batch(preset.teacher_batch, preset.frames, preset.seed, number)
+        short = number < preset.short_steps
+        size, frames = (preset.short_batch, preset.short_frames) if short else (preset.teacher_batch, preset.frames)
+        clean, conditions = clips.batch(size, frames, preset.seed, number)
         generator = keyed_generator(preset.seed, TEACHER, number)
         kept = torch.rand(len(clean), generator=generator) >= preset.dropped
         context = clips.context(conditions) * kept[:, None, None]
@@ -82,6 +84,7 @@ def teacher(preset: TrainPreset, folder: Path, **options) -> float | None:
     return seconds
 
 
+@bfloat16_products()
 def trajectories(preset: TrainPreset, folder: Path, report: Callable[[str], None] = print) -> float:
     """Clips that the teacher makes, with what they were at each of the student's noise levels.
 
