@@ -193,17 +193,30 @@ def loop(blocks: list[Block]) -> list[int]:
 
 
 def _votes(machine: list[Block], ptx: list[Block]) -> list[dict]:
-    """For each block of the machine code: by landmark and line, how often it runs."""
+    """For each block of the machine code: by landmark and line, how often it runs.
+
+    ptxas now and then gives an instruction its neighbour's line: for a block that nothing else says anything about,
+    its landmarks alone speak (line None), where as many blocks have one on both sides.
+    """
     votes: list[dict] = [{} for _ in machine]
+
+    def vote(landmark: str, line: tuple | None, here: list[int], there: list[int], heard: list[int]) -> None:
+        if len(set(there)) == 1:
+            there = there[:1] * len(here)
+        if len(here) == len(there):
+            for i, executed in zip(here, there, strict=True):
+                if i in heard:
+                    votes[i][landmark, line] = executed
+
     for landmark in LANDMARKS:
         for line in set().union(*(block.lines(landmark) for block in machine)):
             here = [i for i, block in enumerate(machine) if line in block.lines(landmark)]
             there = [b.executed for b in ptx if any(x.where == line and x.landmark == landmark for x in b.instructions)]
-            if len(set(there)) == 1:
-                there = there[:1] * len(here)
-            if len(here) == len(there):
-                for i, executed in zip(here, there, strict=True):
-                    votes[i][landmark, line] = executed
+            vote(landmark, line, here, there, here)
+    silent = [i for i, said in enumerate(votes) if not said]
+    for landmark in LANDMARKS:
+        here = [i for i, block in enumerate(machine) if block.lines(landmark)]
+        vote(landmark, None, here, [b.executed for b in ptx if b.lines(landmark)], silent)
     return votes
 
 

@@ -123,7 +123,7 @@ struct TileCopier {
                      source + i * int64_t(step) + slab * Tile::kRowBytes);
     } else {
       const int left = rows - int(not_before(threadIdx.x) - kFirst) / Tile::kSlabUnits;
-#pragma unroll
+#pragma unroll 1  // a loop stays out of the way of the other branch, where straight code would be predicated into it
       for (int i = 0; i < kCopies; ++i)
 #pragma unroll
         for (int slab = 0; slab < Tile::kSlabs; ++slab)

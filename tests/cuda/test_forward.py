@@ -65,7 +65,7 @@ def prefixes():
         yield pytest.param(dtype, head_dim, hopper, marks=marks, id=name)
 
 
-@pytest.mark.parametrize("dtype, head_dim, hopper", prefixes())
+@pytest.mark.parametrize("dtype, head_dim, hopper", list(prefixes()))
 def test_prefix(cuda_module, dtype, head_dim, hopper):
     """A stream with a missing frame, and one whose cache is full; grouped heads."""
     counts = run_prefix(cuda_module, dtype, head_dim, hopper=hopper)
@@ -132,6 +132,19 @@ def test_window(cuda_module, mask, size, last_queries, hopper):
     plain = reference.sink_window_attention(q, k, v, rope_tables[0], mask, 0.2)
     exact = reference.sink_window_attention(q.double(), k.double(), v.double(), rope_tables[1], mask, 0.2)
     compare("window", got, exact, plain, dtype)
+
+
+@each_kernel
+@pytest.mark.parametrize("splits", [1, 2])
+def test_nan_is_not_hidden(cuda_module, splits, hopper):
+    """A key that is NaN makes every row that sees it NaN, its normaliser too, whichever part of the keys it is in."""
+    q, k, v = (torch.randn(1, n, 1, 64).bfloat16() for n in (128, 512, 512))
+    k[0, 300] = float("nan")
+    out, lse, _ = forward(
+        cuda_module, q, k, v, num_frames=torch.tensor([4]), frame_tokens=128, capacity=4, scale=0.1, splits=splits,
+        hopper=hopper,
+    )  # fmt: skip
+    assert out.isnan().all() and lse.isnan().all()
 
 
 FORMS = {
