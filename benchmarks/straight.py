@@ -24,7 +24,8 @@ def instructions(sass: str) -> list[tuple[int, str, bool, int | None]]:
 
 
 def main_loop(code: list, what: re.Pattern = _TENSOR) -> tuple[int, int]:
-    """First and last index of the innermost loop with the most products, or of another kind of instruction.
+    """First and last index of the loop of the products, or of another kind of instruction: the innermost that is not a
+    detour, with less than half of what the loop around it has.
 
     Its last instruction may be passed over; a jump back is the end of a detour that was moved out of the loop.
     """
@@ -35,26 +36,33 @@ def main_loop(code: list, what: re.Pattern = _TENSOR) -> tuple[int, int]:
     def count(loop: tuple[int, int]) -> int:
         return sum(bool(what.match(opcode)) for _, opcode, *_ in code[loop[0] : loop[1] + 1])
 
-    innermost = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] and count(b) for b in loops)]
+    innermost = [
+        a
+        for a in loops
+        if not any(a != b and a[0] <= b[0] and b[1] <= a[1] and 2 * count(b) >= count(a) for b in loops)
+    ]
     return max(innermost, key=count)
 
 
-def shortest_way(code: list, begin: int, end: int) -> list[str]:
-    """Opcodes from the first to the last instruction of a loop, by the way with the fewest."""
+def shortest_way(code: list, what: re.Pattern = _TENSOR) -> list[str]:
+    """Opcodes of one turn of a loop: of the ways with the most products (or copies), the one with the fewest."""
+    begin, end = main_loop(code, what)
     index = {address: i for i, (address, *_) in enumerate(code)}
-    ways: dict[int, tuple[int, int | None]] = {end: (1, None)}  # how many from here on, and which is next
+    # Products from here on, less than 0; instructions from here on; which is next.
+    ways: dict[int, tuple[int, int, int | None]] = {end: (0, 1, None)}
     for i in range(end - 1, begin - 1, -1):
-        _, _, conditional, target = code[i]
+        _, opcode, conditional, target = code[i]
         following = [] if target is not None and not conditional else [i + 1]
         if target is not None:
             following.append(index[target])
-        known = [(ways[n][0] + 1, n) for n in following if i < n <= end and n in ways]
+        here = bool(what.match(opcode))
+        known = [(ways[n][0] - here, ways[n][1] + 1, n) for n in following if i < n <= end and n in ways]
         if known:
             ways[i] = min(known)
     way, at = [], begin
     while at is not None:
         way.append(code[at][1])
-        at = ways[at][1]
+        at = ways[at][2]
     return way
 
 
@@ -64,9 +72,9 @@ def row(sass: str, scores: int) -> dict:
     scores: that a thread of a consumer forms in a tile. A kernel with as many warps of producers as half its consumers.
     """
     code = instructions(sass)
-    way = shortest_way(code, *main_loop(code))
+    way = shortest_way(code)
     counts = Counter("tensor" if _TENSOR.match(x) else "special" if _SPECIAL.match(x) else "other" for x in way)
-    copies = shortest_way(code, *main_loop(code, _COPY))
+    copies = shortest_way(code, _COPY)
     return {kind: counts[kind] for kind in ("tensor", "special", "other")} | {
         "per_score": round((len(way) - counts["tensor"]) / scores, 2),
         "copies_per_score": round(len(copies) / 2 / scores, 2),
