@@ -19,6 +19,7 @@ import tarfile
 import zipfile
 from collections import defaultdict
 from email.parser import Parser
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,11 @@ def source_distribution(setup_py, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=["kept build", pytest.param("compiled", marks=pytest.mark.slow)])
 def wheel(request, setup_py, tmp_path_factory) -> Path:
-    for module in ("pip", "wheel", "pybind11"):
-        pytest.importorskip(module, reason=f"{module} is needed to make a wheel")
+    installed = {distribution.name for distribution in distributions()}
+    if (
+        missing := {"pip", "wheel", "pybind11"} - installed
+    ):  # looked up, for importing pip swaps distutils under setuptools
+        pytest.skip(f"{', '.join(sorted(missing))} needed to make a wheel")
     if not all(shutil.which(setup_py.tool(name)) for name in ("cmake", "ninja")):
         pytest.skip("cmake and ninja are needed to make a wheel")
     folder = tmp_path_factory.mktemp("wheel")

@@ -75,5 +75,5 @@ def test_a_grid_that_no_device_has_is_refused(runtime, size):
 
 
 def test_the_tensors_device_is_asked_for_its_size(runtime):
-    assert runtime.ask(2, b"").decode() == "102 processors, 65536 bytes\n"
+    assert runtime.ask(2, b"").decode() == "102 processors, 65536 bytes, compute capability 82\n"
     assert runtime.ask(2, b"cudaDeviceGetAttribute").decode().startswith("error: shared memory of a multiprocessor: ")

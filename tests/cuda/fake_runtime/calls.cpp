@@ -31,7 +31,7 @@ const char* ask(int device, const char* failing) {
   return record(failing, [&] {
     const torch::stable::Tensor x{device};
     const int shared = shared_memory(x), count = processors(x);
-    fake::note(count, " processors, ", shared, " bytes");
+    fake::note(count, " processors, ", shared, " bytes, compute capability ", capability(x));
   });
 }
 }

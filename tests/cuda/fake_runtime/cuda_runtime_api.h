@@ -7,7 +7,12 @@
 
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess, cudaErrorFailed };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerMultiprocessor, cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 struct dim3 {
@@ -23,7 +28,10 @@ inline cudaError_t answer(const char* call) { return failing == call ? cudaError
 inline const char* cudaGetErrorString(cudaError_t) { return "the error's text"; }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
-  *value = which == cudaDevAttrMultiProcessorCount ? 100 + device : 1 << 16;
+  *value = which == cudaDevAttrMultiProcessorCount      ? 100 + device
+           : which == cudaDevAttrComputeCapabilityMajor ? 8
+           : which == cudaDevAttrComputeCapabilityMinor ? device
+                                                        : 1 << 16;
   return fake::answer("cudaDeviceGetAttribute");
 }
 
