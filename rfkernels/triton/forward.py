@@ -104,8 +104,10 @@ def forward_kernel(
     wide_head, wide_sample = head.to(tl.int64), sample.to(tl.int64)
     key_head = wide_head // GROUP
 
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    known = tl.minimum(row, queries - 1)  # rows past the end repeat the last one and are not stored
+    # Rows are counted from the tile's first, in 32 bits: indices in the sequence would be kept for the last store.
+    first = block * BLOCK_M
+    within = tl.arange(0, BLOCK_M)
+    known = tl.minimum(within, queries - 1 - first)  # rows past the end repeat the last one and are not stored
     offset = keys - queries if USE == "window" else 0
     frames, num_frames = 0, 0
     missing = 0  # rows of frames that a young stream does not have
@@ -129,26 +131,28 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M, 8], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     q = tl.load(
-        Q + wide_sample * q_b + wide_head * q_h + known.to(tl.int64)[:, None] * q_n + q_columns[None, :],
+        Q + wide_sample * q_b + wide_head * q_h + first.to(tl.int64) * q_n
+        + (known[:, None] * q_n + q_columns[None, :]),
         mask=q_exists[None, :], other=0.0,
     ).to(tl.float32) * sign  # fmt: skip
     if ROPE:
         cos, sin = query_phases(
-            block * BLOCK_M + offset, tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1 + offset, known + offset,
+            first + offset, tl.minimum(first + BLOCK_M, queries) - 1 + offset, first + known + offset,
             num_frames - frames, 0, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, TURNS,
             SPATIAL, USE, TWO_FRAMES, D, BLOCK_D, FRAME_PAIRS,
         )  # fmt: skip
         q = rotate_tile(q, cos, sin, HALF)
     q = narrow(q, K.dtype.element_ty)
-    EDGE_N: tl.constexpr = BLOCK_N // 2  # masks need registers: edges go in half tiles, which also waste fewer keys
+    # Masks need registers: edges go in smaller tiles, which also waste fewer keys.
+    EDGE_N: tl.constexpr = min(BLOCK_N // 2, 32)
     # Two ranges of keys: past and own chunk, or window and sinks outside it. A loop, not unrolled: an unrolled second
     # turn shares loads and phases with the first, and keeping those alive across the sweep spills registers.
     for part in range(1 if USE == "prefix" else 2):
         k_base, v_base, k_step, v_step = k_head, v_head, k_n, v_n
-        low, high = row, row
+        low, high = known, known
         if USE == "window":
-            first_row = block * BLOCK_M + offset
-            last_row = tl.minimum(block * BLOCK_M + BLOCK_M, queries) - 1 + offset
+            first_row = first + offset
+            last_row = tl.minimum(first + BLOCK_M, queries) - 1 + offset
             begin, full_end = visible_keys(
                 first_row, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
             )
@@ -156,8 +160,9 @@ def forward_kernel(
                 last_row, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
             )
             low, high = visible_keys(
-                known + offset, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
-            )
+                first_row + known, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens,
+                OWN_CHUNK,
+            )  # fmt: skip
         else:
             begin = missing * part
             end = valid * frame_tokens
@@ -167,7 +172,7 @@ def forward_kernel(
                     k_base = OWN_K + wide_sample * ok_b + key_head * ok_h
                     v_base = OWN_V + wide_sample * ov_b + key_head * ov_h
                     k_step, v_step = ok_n, ov_n
-            end = tl.where(block * BLOCK_M + BLOCK_M <= missing, begin, end)  # nobody here to attend
+            end = tl.where(first + BLOCK_M <= missing, begin, end)  # nobody here to attend
             full_begin, full_end = begin, end
         limit = end
         begin, end = share(begin, end, split, BLOCK_N, SPLITS)
@@ -188,22 +193,22 @@ def forward_kernel(
         )  # fmt: skip
         if ROPE and USE == "window":  # sinks outside the window are next, and meet the queries in another rotation
             tl.debug_barrier()  # or the load moves before the loop, where its registers are missing
-            sink_q = SINK_Q + wide_sample * sq_b + wide_head * sq_h + known.to(tl.int64)[:, None] * sq_n
-            q = tl.load(sink_q + q_columns[None, :], mask=q_exists[None, :], other=0.0).to(tl.float32) * sign
-            q = q.to(K.dtype.element_ty)
+            sink_q = SINK_Q + wide_sample * sq_b + wide_head * sq_h + first.to(tl.int64) * sq_n
+            sink_q += known[:, None] * sq_n + q_columns[None, :]
+            q = (tl.load(sink_q, mask=q_exists[None, :], other=0.0).to(tl.float32) * sign).to(K.dtype.element_ty)
 
     total = tl.sum(total, 1)
-    empty = (total == 0.0) | (row < missing)
+    empty = (total == 0.0) | (first + within < missing)
     out = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
     lse = tl.where(empty, float("-inf"), (top + tl.math.log2(tl.where(empty, 1.0, total))) * LN_2)
     place = (split * batch + sample).to(tl.int64)
-    stored = row < queries
-    out_rows = ((place * queries + row) * heads + head) * D
+    stored = within < queries - first
+    # First: after the other store, one more register would be held through all sweeps.
+    tl.store(LSE + (place * heads + head) * queries + first + within, lse, mask=stored)
     tl.store(
-        OUT + out_rows[:, None] + columns[None, :], narrow(out, OUT.dtype.element_ty),
-        mask=stored[:, None] & exists[None, :],
+        OUT + ((place * queries + first) * heads + head) * D + (within[:, None] * (heads * D) + columns[None, :]),
+        narrow(out, OUT.dtype.element_ty), mask=stored[:, None] & exists[None, :],
     )  # fmt: skip
-    tl.store(LSE + (place * heads + head) * queries + row, lse, mask=stored)
 
 
 @triton.jit

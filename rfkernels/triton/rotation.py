@@ -105,8 +105,10 @@ def query_phases(
         final = _frame_of(
             last, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE
         )
-        is_last = index // frame_tokens > first // frame_tokens
-        return phases_of_two(frame, final, is_last, index % frame_tokens, TURNS, SPATIAL, D, BLOCK_D, FRAME_PAIRS)
+        token = index - first // frame_tokens * frame_tokens
+        is_last = token >= frame_tokens
+        token = tl.where(is_last, token - frame_tokens, token)
+        return phases_of_two(frame, final, is_last, token, TURNS, SPATIAL, D, BLOCK_D, FRAME_PAIRS)
     frame = _frame_of(
         index, shift, part, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, USE
     )

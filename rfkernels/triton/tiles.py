@@ -47,9 +47,9 @@ def forward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str) -
     if block_d <= 64:
         return Tile(128, 64, 8, 2)  # 4 warps spill
     if block_d == 128:
-        if use == "prefix" and arch in (90, 100):
-            # 128 keys halve the rescaling of the accumulator per score; only tensor cores that read shared memory
-            # leave the registers for them, and only where a single range of keys is swept.
+        if use == "prefix":
+            # 128 keys halve the rescaling of the accumulator per score; only where a single range of keys is swept are
+            # there the registers for them.
             return Tile(128, 128, 8, 2)
         if use != "prefix" and arch == 100:
             return Tile(64, 64, 8, 2)  # 128 rows spill
