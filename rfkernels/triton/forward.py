@@ -145,9 +145,9 @@ def forward_kernel(
     q = narrow(q, K.dtype.element_ty)
     # Masks need registers: edges go in smaller tiles, which also waste fewer keys.
     EDGE_N: tl.constexpr = min(BLOCK_N // 2, 32)
-    # Two ranges of keys: past and own chunk, or window and sinks outside it. A loop, not unrolled: an unrolled second
-    # turn shares loads and phases with the first, and keeping those alive across the sweep spills registers.
-    for part in range(1 if USE == "prefix" else 2):
+    # Two ranges of keys: past and own chunk, or window and sinks outside it. Unrolled: sweeps inside another loop would
+    # take the accumulator's layout from it, and convert it in every turn (sm_100).
+    for part in tl.static_range(1 if USE == "prefix" else 2):
         k_base, v_base, k_step, v_step = k_head, v_head, k_n, v_n
         low, high = known, known
         if USE == "window":
@@ -167,8 +167,8 @@ def forward_kernel(
             begin = missing * part
             end = valid * frame_tokens
             if USE == "chunk":
-                if part == 1:  # known on the device only: not to be joined with the line above
-                    end = missing * 0 + queries
+                if part == 1:
+                    end = queries
                     k_base = OWN_K + wide_sample * ok_b + key_head * ok_h
                     v_base = OWN_V + wide_sample * ov_b + key_head * ov_h
                     k_step, v_step = ok_n, ov_n
@@ -191,8 +191,8 @@ def forward_kernel(
             acc, total, top, q, k_base, v_base, k_step, v_step, q_columns, q_exists, exists, stop, end,
             low, high, limit, scale2, True, USE == "window", D != BLOCK_D, EDGE_N, PRECISION, STAGES,
         )  # fmt: skip
-        if ROPE and USE == "window":  # sinks outside the window are next, and meet the queries in another rotation
-            tl.debug_barrier()  # or the load moves before the loop, where its registers are missing
+        if ROPE and USE == "window" and part == 0:  # sinks outside the window meet the queries in another rotation
+            tl.debug_barrier()  # or the load moves before the sweeps, where its registers are missing
             sink_q = SINK_Q + wide_sample * sq_b + wide_head * sq_h + first.to(tl.int64) * sq_n
             sink_q += known[:, None] * sq_n + q_columns[None, :]
             q = (tl.load(sink_q, mask=q_exists[None, :], other=0.0).to(tl.float32) * sign).to(K.dtype.element_ty)

@@ -72,8 +72,10 @@ def grad_kv_kernel(
     block = pid % blocks
     key_head = (pid // blocks % kv_heads).to(tl.int64)
     sample = (pid // (blocks * kv_heads)).to(tl.int64)
-    key = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    wide = key.to(tl.int64)[:, None]
+    # Keys are counted from the tile's first, in 32 bits, as rows are in the forward kernel.
+    first_key = block * BLOCK_N
+    wide_first = first_key.to(tl.int64)
+    within = tl.arange(0, BLOCK_N)
     offset = keys - queries
     missing = 0
     shift = 0
@@ -84,76 +86,78 @@ def grad_kv_kernel(
     q_columns, q_exists = head_columns(D, BLOCK_D, HALF)
     columns = tl.arange(0, BLOCK_D)
     exists = columns < D
-    k_mask = (key < keys)[:, None] & q_exists[None, :]
-    v_mask = (key < keys)[:, None] & exists[None, :]
-    k = tl.load(K + sample * k_b + key_head * k_h + wide * k_n + q_columns[None, :], mask=k_mask, other=0.0)
-    v = tl.load(V + sample * v_b + key_head * v_h + wide * v_n + columns[None, :], mask=v_mask, other=0.0)
+    k_mask = (within < keys - first_key)[:, None] & q_exists[None, :]
+    v_mask = (within < keys - first_key)[:, None] & exists[None, :]
+    k_base = K + sample * k_b + key_head * k_h + wide_first * k_n
+    v_base = V + sample * v_b + key_head * v_h + wide_first * v_n
+    k = tl.load(k_base + (within[:, None] * k_n + q_columns[None, :]), mask=k_mask, other=0.0)
+    v = tl.load(v_base + (within[:, None] * v_n + columns[None, :]), mask=v_mask, other=0.0)
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    first_key = block * BLOCK_N
     last_key = tl.minimum(first_key + BLOCK_N, keys) - 1
 
-    for turn in range(GROUP * (2 if USE == "window" else 1)):
-        head = key_head * GROUP + turn % GROUP
-        q_base = Q + sample * q_b + head * q_h
-        q_step = q_n
+    for part in tl.static_range(2 if USE == "window" else 1):
+        q_sample, q_step, q_head = Q + sample * q_b, q_n, q_h
         if USE == "window":
-            outside = turn >= GROUP
-            if outside:
-                q_base = SINK_Q + sample * sq_b + head * sq_h
-                q_step = sq_n
+            if part == 1:
+                q_sample, q_step, q_head = SINK_Q + sample * sq_b, sq_n, sq_h
             begin, full_end = seeing_queries(
-                first_key, outside, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
+                first_key, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
             )
             full_begin, end = seeing_queries(
-                last_key, outside, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
+                last_key, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
             )
-            # Of the tile only its first keys may be sinks: then its last key sees nobody, and every row needs the mask.
-            end = tl.where(outside & (first_key < sink_tokens), keys, end)
-            full_end = tl.where(outside & (last_key >= sink_tokens), 0, full_end)
+            if part == 1:
+                # Only the tile's first keys may be sinks: then its last key sees nobody, and every row needs the mask.
+                end = tl.where(first_key < sink_tokens, keys, end)
+                full_end = tl.where(last_key >= sink_tokens, 0, full_end)
             low, high = seeing_queries(
-                key, outside, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
-            )
+                first_key + within, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens,
+                OWN_CHUNK,
+            )  # fmt: skip
             # From indices in the sequence to rows.
             begin, full_begin = tl.maximum(begin - offset, 0), tl.maximum(full_begin - offset, 0)
             end, full_end = tl.maximum(end - offset, 0), tl.maximum(full_end - offset, 0)
             low, high = low - offset, high - offset
         else:
-            begin, end = missing, queries + missing * 0
+            begin, end = missing, queries
             full_begin, full_end = begin, end
-            low = key * 0 + missing
-            high = key * 0 + queries
+            low = within * 0 + missing
+            high = within * 0 + queries
         start, stop = interior(begin, end, full_begin, full_end, BLOCK_M)
-        g_base = GRAD_OUT + sample * g_b + head * g_h
-        row_lse = LSE + (sample * kv_heads * GROUP + head) * queries
-        row_delta = DELTA + (sample * kv_heads * GROUP + head) * queries
-        row_grad = GRAD_LSE + (sample * kv_heads * GROUP + head) * queries
-        if USE == "window":
+        for member in range(GROUP):
+            head = key_head * GROUP + member
+            q_base = q_sample + head * q_head
+            g_base = GRAD_OUT + sample * g_b + head * g_h
+            at_row = (sample * kv_heads * GROUP + head) * queries
+            if USE == "window":
+                grad_k, grad_v = _sweep_queries(
+                    grad_k, grad_v, k, v, q_base, g_base, LSE + at_row, DELTA + at_row, GRAD_LSE + at_row, q_step, g_n,
+                    q_columns, q_exists, exists, begin, tl.minimum(start, end), low, high, end, scale * LOG2_E, True,
+                    BLOCK_M, PRECISION, STAGES,
+                )  # fmt: skip
             grad_k, grad_v = _sweep_queries(
-                grad_k, grad_v, k, v, q_base, g_base, row_lse, row_delta, row_grad, q_step, g_n, q_columns, q_exists,
-                exists, begin, tl.minimum(start, end), low, high, end, scale * LOG2_E, True, BLOCK_M, PRECISION, STAGES,
+                grad_k, grad_v, k, v, q_base, g_base, LSE + at_row, DELTA + at_row, GRAD_LSE + at_row, q_step, g_n,
+                q_columns, q_exists, exists, start, stop, low, high, end, scale * LOG2_E, False,
+                BLOCK_M, PRECISION, STAGES,
             )  # fmt: skip
-        grad_k, grad_v = _sweep_queries(
-            grad_k, grad_v, k, v, q_base, g_base, row_lse, row_delta, row_grad, q_step, g_n, q_columns, q_exists,
-            exists, start, stop, low, high, end, scale * LOG2_E, False, BLOCK_M, PRECISION, STAGES,
-        )  # fmt: skip
-        grad_k, grad_v = _sweep_queries(
-            grad_k, grad_v, k, v, q_base, g_base, row_lse, row_delta, row_grad, q_step, g_n, q_columns, q_exists,
-            exists, stop, end, low, high, end, scale * LOG2_E, True, BLOCK_M, PRECISION, STAGES,
-        )  # fmt: skip
+            grad_k, grad_v = _sweep_queries(
+                grad_k, grad_v, k, v, q_base, g_base, LSE + at_row, DELTA + at_row, GRAD_LSE + at_row, q_step, g_n,
+                q_columns, q_exists, exists, stop, end, low, high, end, scale * LOG2_E, True,
+                BLOCK_M, PRECISION, STAGES,
+            )  # fmt: skip
 
     grad_k = grad_k * scale
     if ROPE:
-        index = tl.minimum(key, keys - 1)
+        index = first_key + tl.minimum(within, keys - 1 - first_key)
         cos, sin = phases(
             (index // frame_tokens + shift)[:, None], index % frame_tokens, TURNS, SPATIAL, D, BLOCK_D, FRAME_PAIRS
         )
         grad_k = rotate_tile(grad_k, cos, -sin, HALF)
-    absent = (key < missing)[:, None]
-    at = ((sample * keys + wide) * kv_heads + key_head) * D
-    tl.store(
-        GRAD_K + at + q_columns[None, :], narrow(tl.where(absent, 0.0, grad_k), GRAD_K.dtype.element_ty), mask=k_mask
-    )
-    tl.store(
-        GRAD_V + at + columns[None, :], narrow(tl.where(absent, 0.0, grad_v), GRAD_V.dtype.element_ty), mask=v_mask
-    )
+    absent = (within < missing - first_key)[:, None]
+    at = ((sample * keys + first_key) * kv_heads + key_head) * D
+    local = within[:, None] * (kv_heads * D)
+    grad_k = narrow(tl.where(absent, 0.0, grad_k), GRAD_K.dtype.element_ty)
+    grad_v = narrow(tl.where(absent, 0.0, grad_v), GRAD_V.dtype.element_ty)
+    tl.store(GRAD_K + at + (local + q_columns[None, :]), grad_k, mask=k_mask)
+    tl.store(GRAD_V + at + (local + columns[None, :]), grad_v, mask=v_mask)

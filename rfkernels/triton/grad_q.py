@@ -64,12 +64,13 @@ def grad_q_kernel(
     head = (pid // blocks % heads).to(tl.int64)
     sample = (pid // (blocks * heads)).to(tl.int64)
     key_head = head // GROUP
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    known = tl.minimum(row, queries - 1)
-    wide = known.to(tl.int64)[:, None]
-    first_row = block * BLOCK_M
-    last_row = tl.minimum(first_row + BLOCK_M, queries) - 1
-    offset = keys - queries if USE == "window" else 0
+    # Rows are counted from the tile's first, in 32 bits, as in the forward kernel.
+    first = block * BLOCK_M
+    wide_first = first.to(tl.int64)
+    within = tl.arange(0, BLOCK_M)
+    known = tl.minimum(within, queries - 1 - first)
+    first_row = first + (keys - queries if USE == "window" else 0)  # indices in the sequence
+    last_row = tl.minimum(first + BLOCK_M, queries) - 1 + (keys - queries if USE == "window" else 0)
     frames, num_frames, missing, valid = 0, 0, 0, 0
     if USE == "chunk":
         num_frames = tl.load(NUM_FRAMES + sample).to(tl.int32)
@@ -81,9 +82,10 @@ def grad_q_kernel(
     columns = tl.arange(0, BLOCK_D)
     exists = columns < D
     grad_out = tl.load(
-        GRAD_OUT + sample * g_b + head * g_h + wide * g_n + columns[None, :], mask=exists[None, :], other=0.0
-    ).to(K.dtype.element_ty)
-    at = (sample * heads + head) * queries + known
+        GRAD_OUT + sample * g_b + head * g_h + wide_first * g_n + (known[:, None] * g_n + columns[None, :]),
+        mask=exists[None, :], other=0.0,
+    ).to(K.dtype.element_ty)  # fmt: skip
+    at = (sample * heads + head) * queries + first + known
     lse = tl.load(LSE + at)
     # Rows that see nothing have -inf: +inf instead makes their weights zero.
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
@@ -92,39 +94,40 @@ def grad_q_kernel(
     if PRECISION == "ieee":
         grad_lse = tl.load(GRAD_LSE + at)
 
+    APART: tl.constexpr = ROPE and USE == "window"  # the two ranges are turned back by different frames
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for part in range(2):
-        tl.debug_barrier()  # keeps what the two turns share from being computed before the loop and kept there
-        q_ptrs = Q + sample * q_b + head * q_h + wide * q_n + q_columns[None, :]
+    for part in tl.static_range(2):
+        tl.debug_barrier()  # keeps what the two turns share from being computed once and kept
+        q_ptrs = Q + sample * q_b + head * q_h + wide_first * q_n + (known[:, None] * q_n + q_columns[None, :])
         k_base, v_base, k_step, v_step = K + sample * k_b + key_head * k_h, V + sample * v_b + key_head * v_h, k_n, v_n
-        low, high = row, row
+        low, high = known, known
         if USE == "window":
             if part == 1:
-                q_ptrs = SINK_Q + sample * sq_b + head * sq_h + wide * sq_n + q_columns[None, :]
+                q_ptrs = SINK_Q + sample * sq_b + head * sq_h + wide_first * sq_n
+                q_ptrs += known[:, None] * sq_n + q_columns[None, :]
             begin, full_end = visible_keys(
-                first_row + offset, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens,
-                OWN_CHUNK,
-            )  # fmt: skip
-            full_begin, end = visible_keys(
-                last_row + offset, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens,
-                OWN_CHUNK,
-            )  # fmt: skip
-            low, high = visible_keys(
-                known + offset, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
+                first_row, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
             )
+            full_begin, end = visible_keys(
+                last_row, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, OWN_CHUNK
+            )
+            low, high = visible_keys(
+                first_row + known, part == 1, keys, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens,
+                OWN_CHUNK,
+            )  # fmt: skip
         else:
             begin = missing * part
             end = valid * frame_tokens
             if part == 1:
-                end = missing * 0 + queries
+                end = queries
                 k_base = OWN_K + sample * ok_b + key_head * ok_h
                 v_base = OWN_V + sample * ov_b + key_head * ov_h
                 k_step, v_step = ok_n, ov_n
-            end = tl.where(first_row + BLOCK_M <= missing, begin, end)
+            end = tl.where(first + BLOCK_M <= missing, begin, end)
             full_begin, full_end = begin, end
         start, stop = interior(begin, end, full_begin, full_end, BLOCK_N)
         q = tl.load(q_ptrs, mask=q_exists[None, :], other=0.0)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) if APART else result
         if USE == "window":
             acc = _sweep_keys(
                 acc, q, grad_out, lse2, delta, grad_lse, k_base, v_base, k_step, v_step, q_columns, q_exists,
@@ -139,24 +142,18 @@ def grad_q_kernel(
             acc, q, grad_out, lse2, delta, grad_lse, k_base, v_base, k_step, v_step, q_columns, q_exists,
             exists, stop, end, low, high, end, scale * LOG2_E, True, USE == "window", BLOCK_N, PRECISION, STAGES,
         )  # fmt: skip
-        if ROPE:
-            if USE == "window" or part == 1:  # both ranges of a chunk meet the same queries: turned back once
-                turned = acc
-                if USE == "chunk":
-                    turned += result
-                cos, sin = query_phases(
-                    first_row + offset, last_row + offset, known + offset, num_frames - frames, part, frame_tokens,
-                    sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, TURNS, SPATIAL, USE, TWO_FRAMES, D,
-                    BLOCK_D, FRAME_PAIRS,
-                )  # fmt: skip
-                turned = rotate_tile(turned, cos, -sin, HALF)
-                if USE == "window":
-                    turned += result
-                result = turned
-            else:
-                result = acc
-        else:
+        if ROPE and (USE == "window" or part == 1):  # both ranges of a chunk meet the same queries: turned back once
+            cos, sin = query_phases(
+                first_row, last_row, first_row + known, num_frames - frames, part, frame_tokens, sink_tokens,
+                window_tokens, chunk_tokens, first_chunk_tokens, TURNS, SPATIAL, USE, TWO_FRAMES, D, BLOCK_D,
+                FRAME_PAIRS,
+            )  # fmt: skip
+            acc = rotate_tile(acc, cos, -sin, HALF)
+        if APART:
             result += acc
-    grad = GRAD_Q + ((sample * queries + row.to(tl.int64)[:, None]) * heads + head) * D + q_columns[None, :]
-    mask = (row < queries)[:, None] & q_exists[None, :]
+        else:
+            result = acc
+    grad = GRAD_Q + ((sample * queries + first) * heads + head) * D
+    grad += within[:, None] * (heads * D) + q_columns[None, :]
+    mask = (within < queries - first)[:, None] & q_exists[None, :]
     tl.store(grad, narrow(result * scale, GRAD_Q.dtype.element_ty), mask=mask)
