@@ -29,6 +29,7 @@ from rfkernels.triton import tiles
 BASELINE = Path(__file__).parent / "static_baseline.json"
 TOKENS, SINKS, WINDOW, FRAMES, HEADS = 1560, 3, 6, 3, 12  # the paper's shape
 ROWS = TOKENS * 9  # of a training sequence
+SHORT = (8, 12)  # rows and columns of a short frame: query tiles span several, and few of them share the keys
 SURVEYED = (128, 64, 256, 96, 32, 48, 80)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -52,12 +53,20 @@ def calls(dtype: torch.dtype, head_dim: int, frame_tokens: int = TOKENS) -> dict
     rows, latent = meta(1, ROWS, HEADS, head_dim), meta(1, 21, 16, 60, 104)
     lse, all_lse = (meta(1, HEADS, n, dtype=torch.float32) for n in (FRAMES * frame_tokens, ROWS))
     layer = CacheTensors(cache[0], cache[0], sums[0], sums[0])
+    short_tokens = SHORT[0] * SHORT[1]
+    short_tables = Rope3D(head_dim, *SHORT).tables("meta", dtype, short_tokens)
+    short_geometry = CacheGeometry(SINKS, WINDOW, short_tokens)
+    short, held = meta(1, short_tokens, 2, head_dim), meta(1, 2, (SINKS + WINDOW) * short_tokens, head_dim)
+    short_layer = CacheTensors(held.transpose(1, 2), held.transpose(1, 2), None, None)
     return {
         "begin_chunk": lambda: backend.begin_chunk(
             CacheTensors(cache, cache, sums, sums), lengths, FRAMES, None, decay, tables, geometry, True
         ),
         "streaming": lambda: backend.streaming_attention(
             chunk, chunk, chunk, layer, lengths, tables, geometry, scale, True, False
+        ),
+        "streaming, short": lambda: backend.streaming_attention(
+            short, short, short, short_layer, lengths, short_tables, short_geometry, scale, True, False
         ),
         "chunk": lambda: backend.chunk_attention(chunk, chunk, chunk, past, tables, geometry, scale),
         "chunk backward": lambda: backend.chunk_attention_backward(
@@ -103,22 +112,31 @@ def loops(sass: str) -> Iterator[list[str]]:
 
 
 def main_loop(kernel: Compiled) -> dict | None:
-    """The mask-free loop, which has the most products: counts for one warp, and non-tensor instructions per score."""
-    found = [loop for loop in loops(kernel.sass) if any(_TENSOR.match(op) for op in loop)]
+    """The mask-free loop: counts for one warp, and non-tensor instructions per score.
+
+    It has the most products a turn, and of the loops with as many (masked ones of the same tile) it is the shortest.
+    """
+    scores = kernel.options["BLOCK_M"] * kernel.options["BLOCK_N"] // (32 * kernel.warps)
+
+    def counts(loop: list[str]) -> Counter:
+        return Counter(
+            "tensor" if _TENSOR.match(op) else "special" if op.startswith("MUFU") else
+            "barrier" if _BARRIER.match(op) else "memory" if _MEMORY.match(op) else "other"
+            for op in loop
+        )  # fmt: skip
+
+    def turns(loop: list[str]) -> int:  # ptxas may unroll
+        return max(1, round(sum(op.startswith("MUFU.EX2") for op in loop) / scores))
+
+    found = [loop for loop in loops(kernel.sass) if counts(loop)["tensor"]]
     if not found:
         return None
-    loop = max(found, key=lambda ops: sum(bool(_TENSOR.match(op)) for op in ops))
-    counts = Counter(
-        "tensor" if _TENSOR.match(op) else "special" if op.startswith("MUFU") else
-        "barrier" if _BARRIER.match(op) else "memory" if _MEMORY.match(op) else "other"
-        for op in loop
-    )  # fmt: skip
-    scores = kernel.options["BLOCK_M"] * kernel.options["BLOCK_N"] // (32 * kernel.warps)
-    rest = len(loop) - counts["tensor"]
-    turns = max(1, round(sum(op.startswith("MUFU.EX2") for op in loop) / scores))  # ptxas may unroll
-    return {key: counts[key] for key in ("tensor", "memory", "special", "barrier", "other")} | {
-        "per_score": round(rest / (scores * turns), 2)
-    }
+    loop = max(found, key=lambda loop: (counts(loop)["tensor"] / turns(loop), -len(loop) / turns(loop)))
+    kinds = counts(loop)
+    rest = len(loop) - kinds["tensor"]
+    return {key: kinds[key] for key in ("tensor", "memory", "special", "barrier", "other")} | {
+        "turns": turns(loop), "per_score": round(rest / (scores * turns(loop)), 2)
+    }  # fmt: skip
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -138,7 +156,7 @@ def row(name: str, kernel: Compiled) -> dict:
         "registers": kernel.registers, "spills": kernel.spills, "stack": kernel.stack, "shared": kernel.shared,
         "ctas_per_sm": kernel.ctas_per_sm,
     }  # fmt: skip
-    if kernel.name == "forward_kernel":
+    if kernel.name in ("forward_kernel", "grad_q_kernel", "grad_kv_kernel"):
         facts["loop"] = main_loop(kernel)
     return facts
 

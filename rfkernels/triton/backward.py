@@ -99,7 +99,7 @@ def gradients(
 
     with on_device(q):
         by_rows, by_keys = (
-            tiles.backward_tile(tiles.architecture(), head_dim, dtype, keys.use, of) for of in ("queries", "keys")
+            tiles.backward_tile(tiles.architecture(), block_d, dtype, keys.use, of) for of in ("queries", "keys")
         )
         exact = dtype == torch.float32  # in half precision v is rounded far more coarsely than these sums
         delta_rows = by_rows.rows if exact else _DELTA_ROWS

@@ -25,11 +25,16 @@ class Tile(NamedTuple):
 
 
 def architecture() -> int | None:
-    """Compute capability of the current device as Triton counts it (90 for sm_90); None in the interpreter."""
+    """The kind of the current device: 80, 90, 100 or 120, which stand for their families; None in the interpreter."""
     if triton.knobs.runtime.interpret:
         return None
     arch = triton.runtime.driver.active.get_current_target().arch
-    return arch if isinstance(arch, int) else 80  # other vendors: the plainest choice
+    return family(arch) if isinstance(arch, int) else 80  # other vendors: the plainest choice
+
+
+def family(arch: int) -> int:
+    """80: warp-wide tensor cores and, on sm_86, 99 KB of shared memory a block, as on 120; 90: wgmma; 100: tcgen05."""
+    return 120 if arch >= 120 else 100 if arch >= 100 else 90 if arch >= 90 else 80
 
 
 def processors(device: torch.device) -> int:
@@ -47,40 +52,43 @@ def forward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str) -
     if block_d <= 64:
         return Tile(128, 64, 8, 2)  # 4 warps spill
     if block_d == 128:
-        if use == "prefix":
-            # 128 keys halve the rescaling of the accumulator per score; only where a single range of keys is swept are
-            # there the registers for them.
-            return Tile(128, 128, 8, 2)
-        if use != "prefix" and arch == 100:
-            return Tile(64, 64, 8, 2)  # 128 rows spill
-        if use == "window" and arch != 90:
-            return Tile(128, 32, 8, 2)  # row bounds and two images of the queries: 64 keys spill
-        return Tile(128, 64, 8, 2)
+        # 128 keys halve the rescaling of the accumulator per score. They spill beside the row bounds of a window, and
+        # on sm_120 beside two ranges of keys.
+        return Tile(128, 64, 8, 2) if use == "window" or (use, arch) == ("chunk", 120) else Tile(128, 128, 8, 2)
     if arch in (90, 100):
         return Tile(64, 64, 8, 2)
     return Tile(32, 32, 8, 2) if use == "window" else Tile(64, 32, 8, 2)  # row bounds: 64 rows spill
 
 
-def backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str, of: str) -> Tile:
+def backward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str, of: str) -> Tile:
     """For the backward kernel of "queries" or of "keys"; the largest tiles that do not spill."""
-    block_d = triton.next_power_of_2(head_dim)
     if arch is None:
         return Tile(32, 32, 4, 1)
     if dtype == torch.float32:
         return Tile(32, 32, 4, 1) if block_d <= 64 else Tile(16, 16, 4, 1)
     if block_d <= 64:
-        return Tile(64, 32, 4, 2)  # 64x64 spills, with 8 warps too
+        return Tile(64, 32, 8, 2)  # 4 warps, and 64x64, spill
     if block_d == 128:
-        if of == "queries":
-            if arch in (100, 120):
-                return Tile(32, 64, 4, 2) if use == "chunk" and arch == 100 else Tile(32, 64, 8, 2)
-            return Tile(64, 64, 8, 2) if arch == 80 else Tile(64, 32, 8, 2)
-        if arch in (100, 120) or (arch == 80 and head_dim < block_d):  # masks of the padding: 64 rows spill
+        if of == "keys":  # fragments in registers (sm_80, sm_120): 64 rows spill
+            return Tile(64, 64, 8, 2) if arch in (90, 100) else Tile(32, 64, 8, 2)
+        if arch == 120 or (use, arch) == ("window", 100):  # 64 rows spill
             return Tile(32, 64, 8, 2)
-        return Tile(64, 64, 8, 2)
+        return Tile(64, 64, 8, 2) if arch == 100 else Tile(64, 32, 8, 2)
     return Tile(32, 32, 8, 1)
 
 
 def splits(programs: int, keys: int, tile: Tile, processors: int) -> int:
-    """How many programs share the keys of one query tile: as many as fill one wave, each with two tiles or more."""
-    return max(1, min(processors // max(programs, 1), keys // (2 * tile.keys), 16))
+    """How many programs share the keys of one query tile, where query tiles fill less than two waves of processors.
+
+    Computed, not measured, in units of one tile of keys on one processor (which holds one program): shares run in
+    waves; a merge's launch takes about two units; to write and read a partial result takes about 1.5, spread over all
+    processors (128 rows of float32 against 128 x 128 scores, at an A100's rates). Each share has two tiles or more.
+    """
+
+    def time(count: int) -> float:
+        sweep = triton.cdiv(programs * count, processors) * keys / tile.keys / count
+        return sweep if count == 1 else sweep + 2 + 1.5 * count * programs / processors
+
+    if programs >= 2 * processors:
+        return 1
+    return min(range(1, max(1, min(keys // (2 * tile.keys), 16)) + 1), key=time)
