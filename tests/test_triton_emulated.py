@@ -60,6 +60,37 @@ def test_on_the_emulator(kind, case, dtype, arch):
     assert EXPECTED[kind] <= set(launched)
 
 
+def generated():
+    """The grids of generated cases, in both half precisions and for both architectures in turns."""
+    grids = {"life": grid.LIVES, "chunk": grid.CHUNKS, "window": grid.WINDOWS, "loss": grid.LOSSES}
+    for kind, cases in grids.items():
+        for number, case in enumerate(cases):
+            dtype, arch = (torch.bfloat16, torch.float16)[number % 2], (80, 90)[number // 2 % 2]
+            yield pytest.param(kind, case, dtype, arch, id=f"{kind}-{case}-{str(dtype).split('.')[1]}-sm_{arch}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, case, dtype, arch", list(generated()))
+def test_generated_cases_on_the_emulator(kind, case, dtype, arch):
+    from emulated import on_emulator
+
+    with on_emulator(arch) as launched:
+        getattr(grid, f"run_{kind}")("triton", CPU, dtype, case)
+    assert launched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("positions", ["before_window", "absolute"])
+def test_sinks_in_half_precision_on_the_emulator(dtype, positions):
+    """Averages that are rounded at every step, as published."""
+    from emulated import on_emulator
+
+    with on_emulator(80) as launched:
+        grid.run_life("triton", CPU, dtype, Life(2, 3, 2, 0.5, positions, head_dim=64), sink_dtype=dtype)
+    assert "begin_chunk_kernel" in launched
+
+
 def test_split_keys_are_merged_on_the_emulator():
     """Few query tiles, many keys: shares of the keys, joined by their normalisers."""
     from emulated import on_emulator
@@ -67,9 +98,9 @@ def test_split_keys_are_merged_on_the_emulator():
     with on_emulator(80) as launched:
         streams = Streams(
             "triton", CPU, torch.bfloat16, Rope3D(128, 7, 11), num_layers=1, batch_size=1, num_kv_heads=1,
-            frame_tokens=77, sink_frames=1, window_frames=4,
+            frame_tokens=77, sink_frames=1, window_frames=9,
         )  # fmt: skip
-        for _ in range(5):
+        for _ in range(10):
             streams.begin(1)
             streams.write()
         streams.run_pass()

@@ -294,11 +294,12 @@ def attend(q: torch.Tensor, keys: Keys, rope: RopeTables | None, scale: float) -
     rotation = rotary(rope, q)
     block_d = padded(head_dim)
     with on_device(q):
-        tile = tiles.forward_tile(tiles.architecture(), block_d, k.dtype, keys.use)
+        tile = tiles.forward_tile(tiles.architecture(), block_d, k.dtype, keys.use, shared=False)
         programs = triton.cdiv(queries, tile.rows) * heads * batch
         splits = tiles.splits(programs, keys.longest, tile, tiles.processors(q.device))
         parts, part_lse = out, lse
         if splits > 1:
+            tile = tiles.forward_tile(tiles.architecture(), block_d, k.dtype, keys.use, shared=True)  # as many rows
             parts, part_lse = (torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
         mask = (0, 0, 1, 1, True) if keys.mask is None else keys.mask
         frame_tokens = rope.frame_tokens if rope is not None and keys.mask is not None else keys.frame_tokens

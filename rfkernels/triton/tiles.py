@@ -43,8 +43,8 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def forward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str) -> Tile:
-    """For the forward kernel, by padded head size and use ("prefix", "chunk" or "window")."""
+def forward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str, shared: bool) -> Tile:
+    """For the forward kernel, by padded head size and use ("prefix", "chunk" or "window"); shared: by `splits` > 1."""
     if arch is None:
         return Tile(32, 16, 4, 1)  # interpreted: small, so that small shapes straddle tiles
     if dtype == torch.float32:  # exact products are scalar multiply-adds: small tiles, or registers run out
@@ -52,9 +52,10 @@ def forward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str) -
     if block_d <= 64:
         return Tile(128, 64, 8, 2)  # 4 warps spill
     if block_d == 128:
-        # 128 keys halve the rescaling of the accumulator per score. They spill beside the row bounds of a window, and
-        # on sm_120 beside two ranges of keys.
-        return Tile(128, 64, 8, 2) if use == "window" or (use, arch) == ("chunk", 120) else Tile(128, 128, 8, 2)
+        # 128 keys halve the rescaling of the accumulator per score. They spill beside the row bounds of a window or of
+        # a share, and on sm_120 beside two ranges of keys.
+        small = use == "window" or shared or (use, arch) == ("chunk", 120)
+        return Tile(128, 64 if small else 128, 8, 2)
     if arch in (90, 100):
         return Tile(64, 64, 8, 2)
     return Tile(32, 32, 8, 2) if use == "window" else Tile(64, 32, 8, 2)  # row bounds: 64 rows spill
