@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import NamedTuple
 
 import oracle
@@ -261,14 +261,8 @@ WINDOWS = [
 ]
 
 
-def run_window(
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    case: Window,
-    names: Collection[str] = oracle.COMPARED,
-) -> None:
-    """Output, normaliser and all gradients, through both, or those of ``names``."""
+def run_window(backend: str, device: torch.device, dtype: torch.dtype, case: Window) -> None:
+    """Output, normaliser and all gradients, through both."""
     rope = rope_of(case.head_dim, case.pairing, case.size)
     qkv = [
         oracle.uneven(case.batch, tokens, heads, case.head_dim, dtype=dtype, device=device)
@@ -284,7 +278,7 @@ def run_window(
             q, k, v, sink_tokens=case.sinks, window_tokens=case.window, chunk_tokens=case.chunk,
             first_chunk_tokens=case.first, own_chunk=case.own, rope=rope, return_lse=True,
         ),
-        qkv, dtype, names,
+        qkv, dtype,
     )  # fmt: skip
 
 

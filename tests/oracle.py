@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 
 import budget
 import torch
@@ -35,13 +35,7 @@ def uneven(*size: int, dtype: torch.dtype, device: torch.device, spare: int = 16
 COMPARED = ("out", "lse", "grad_q", "grad_k", "grad_v")
 
 
-def compare(
-    backend: str,
-    function: Callable,
-    qkv: list[torch.Tensor],
-    dtype: torch.dtype,
-    names: Collection[str] = COMPARED,
-) -> None:
+def compare(backend: str, function: Callable, qkv: list[torch.Tensor], dtype: torch.dtype) -> None:
     """``function(run, q, k, v) -> out, lse``: both, and all gradients through both, in the three `runs`."""
     results, weights = [], None
     for run, (name, run_dtype) in enumerate(runs(backend, dtype)):
@@ -54,8 +48,7 @@ def compare(
         loss = loss + (torch.where(lse.isfinite(), lse, 0) * weights[1].to(lse.dtype)).sum()
         results.append([out, lse, *torch.autograd.grad(loss, inputs)])
     for name, *triple in zip(COMPARED, *results, strict=True):
-        if name in names:
-            check(name, *triple, dtype)
+        check(name, *triple, dtype)
 
 
 class Streams:

@@ -16,7 +16,7 @@ from .cache import rotate
 from .forward import Keys, precision
 from .grad_kv import grad_kv_kernel
 from .grad_q import grad_q_kernel
-from .launch import FUSION, on_device, padded, rotary, rows
+from .launch import ALL_REGISTERS, FUSION, on_device, padded, rotary, rows
 
 _DELTA_ROWS = 32
 
@@ -92,7 +92,7 @@ def gradients(
         return [stride for x in tensors for stride in x.stride()[:3]]
 
     def options(tile: tiles.Tile) -> dict:
-        return shape | rotation.options | FUSION | {
+        return shape | rotation.options | FUSION | ALL_REGISTERS | {
             "USE": keys.use, "OWN_CHUNK": counts[4], "GROUP": group, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys,
             "STAGES": tile.stages, "PRECISION": precision(dtype), "num_warps": tile.warps, "num_stages": tile.stages,
         }  # fmt: skip

@@ -11,6 +11,8 @@ import triton
 from ..rope import RopeTables
 
 FUSION = {"enable_fp_fusion": True}  # multiply-adds contract: Triton's default, written down
+# ptxas spills a few registers where that fits one block more on an SM, unless it is told how many there are.
+ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
 
 class Rotary(NamedTuple):
