@@ -12,7 +12,7 @@ from ..geometry import WindowMask
 from ..rope import RopeTables
 from . import tiles
 from .cache import rotate
-from .launch import FUSION, on_device, padded, rotary, rows
+from .launch import ALL_REGISTERS, FUSION, on_device, padded, rotary, rows
 from .masks import interior, share, visible_keys
 from .rotation import head_columns, narrow, query_phases, rotate_tile
 
@@ -311,6 +311,7 @@ def attend(q: torch.Tensor, keys: Keys, rope: RopeTables | None, scale: float) -
             D=head_dim, BLOCK_D=block_d, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLITS=splits,
             PRECISION=precision(k.dtype), STAGES=tile.stages, TWO_FRAMES=frame_tokens >= tile.rows,
             **rotation.options, num_warps=tile.warps, num_stages=tile.stages, **FUSION,
+            **(ALL_REGISTERS if k.dtype == torch.float32 else {}),
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(triton.cdiv(queries, 32) * heads * batch,)](

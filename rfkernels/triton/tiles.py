@@ -47,14 +47,17 @@ def forward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str, s
     """For the forward kernel, by padded head size and use ("prefix", "chunk" or "window"); shared: by `splits` > 1."""
     if arch is None:
         return Tile(32, 16, 4, 1)  # interpreted: small, so that small shapes straddle tiles
-    if dtype == torch.float32:  # exact products are scalar multiply-adds: small tiles, or registers run out
-        return Tile(32, 32, 4, 1) if block_d <= 128 else Tile(16, 32, 4, 1)
+    if dtype == torch.float32:
+        # Exact products are scalar multiply-adds, and a thread holds whole rows of both operands: above 64 columns they
+        # spill at every tile tried (docs/triton.md).
+        return Tile(32, 32, 8, 1) if block_d <= 64 else Tile(16, 32 if block_d == 128 else 16, 8, 1)
     if block_d <= 64:
         return Tile(128, 64, 8, 2)  # 4 warps spill
     if block_d == 128:
         # 128 keys halve the rescaling of the accumulator per score. They spill beside the row bounds of a window or of
         # a share, and on sm_120 beside two ranges of keys.
         small = use == "window" or shared or (use, arch) == ("chunk", 120)
+        small = small or (use, arch, dtype) == ("prefix", 80, torch.float16)  # seen: 8 bytes of stack, none in bfloat16
         return Tile(128, 64 if small else 128, 8, 2)
     if arch in (90, 100):
         return Tile(64, 64, 8, 2)
@@ -67,8 +70,8 @@ def backward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str, 
         return Tile(32, 32, 4, 1)
     if dtype == torch.float32:
         return Tile(32, 32, 4, 1) if block_d <= 64 else Tile(16, 16, 4, 1)
-    if block_d <= 64:
-        return Tile(64, 32, 8, 2)  # 4 warps, and 64x64, spill
+    if block_d <= 64:  # 4 warps, and 64x64, spill; on sm_120 64 rows of queries do
+        return Tile(32, 64, 8, 2) if (of, arch) == ("queries", 120) else Tile(64, 32, 8, 2)
     if block_d == 128:
         if of == "keys":  # fragments in registers (sm_80, sm_120): 64 rows spill
             return Tile(64, 64, 8, 2) if arch in (90, 100) else Tile(32, 64, 8, 2)
