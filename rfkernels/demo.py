@@ -83,7 +83,7 @@ def plot(made: dict[str, streams.Stream], path: Path) -> None:
         drift.barh(name, mean, xerr=error, color=colour)
     motion.set(title="Motion: registered displacement", xlabel="latent frame", ylabel="pixels a frame", ylim=(0, None))
     sharp.set(title="Quality: log variance of the Laplacian", xlabel="latent frame")
-    drift.set(title="Drift: spread of that quality over segments")
+    drift.set(title="Drift: its spread over segments")
     motion.legend(fontsize=8, frameon=False)
     for axes in (motion, sharp, drift):
         axes.spines[["top", "right"]].set_visible(False)
