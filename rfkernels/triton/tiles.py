@@ -48,9 +48,9 @@ def forward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str, s
     if arch is None:
         return Tile(32, 16, 4, 1)  # interpreted: small, so that small shapes straddle tiles
     if dtype == torch.float32:
-        # Exact products are scalar multiply-adds, and a thread holds whole rows of both operands: above 64 columns they
-        # spill at every tile tried (docs/triton.md).
-        return Tile(32, 32, 8, 1) if block_d <= 64 else Tile(16, 32 if block_d == 128 else 16, 8, 1)
+        # Exact products are scalar multiply-adds, and a thread holds whole rows of both operands: larger tiles spill,
+        # and at 256 columns every tile that was tried (docs/triton.md).
+        return Tile(32, 32, 8, 1) if block_d <= 64 else Tile(16, 16, 8, 1)
     if block_d <= 64:
         return Tile(128, 64, 8, 2)  # 4 warps spill
     if block_d == 128:
