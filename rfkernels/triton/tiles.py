@@ -78,7 +78,7 @@ def backward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str, 
         if arch == 120 or (use, arch) == ("window", 100):  # 64 rows spill
             return Tile(32, 64, 8, 2)
         return Tile(64, 64, 8, 2) if arch == 100 else Tile(64, 32, 8, 2)
-    return Tile(32, 32, 8, 1)
+    return Tile(16 if (of, use, arch) == ("queries", "window", 100) else 32, 32, 8, 1)  # there 32 rows spill
 
 
 def splits(programs: int, keys: int, tile: Tile, processors: int) -> int:
