@@ -17,6 +17,11 @@ _TOKENS = 32  # tokens of one head a program moves: 8 KB of a bfloat16 head of 1
 _WARPS = 4
 
 
+def _warps(head_dim: int) -> int:
+    """Of a program that fuses or writes: 4 for 256 columns hold more values than registers."""
+    return _WARPS if head_dim <= 128 else 2 * _WARPS
+
+
 # --- begin_chunk ------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +153,7 @@ def begin_chunk(
             SINKS=geometry.sink_frames, WINDOW=geometry.window_frames, BEFORE_WINDOW=before_window and rope is not None,
             FOLDS=decay is not None, HAS_ADVANCING=advancing is not None, HAS_SINK_K=sink_k is not None,
             HAS_SINK_V=sink_v is not None, D=head_dim, BLOCK_D=padded(head_dim), TOKENS=_TOKENS, **rotation.options,
-            num_warps=_WARPS, **FUSION,
+            num_warps=_warps(head_dim), **FUSION,
         )  # fmt: skip
 
 
@@ -216,7 +221,7 @@ def write(
             kv_heads, *(stride for x in (*tensors, new_k, new_v) for stride in x.stride()[:3]),
             SINKS=geometry.sink_frames, WINDOW=geometry.window_frames, HAS_SINK_K=sink_k is not None,
             HAS_SINK_V=sink_v is not None, D=head_dim, BLOCK_D=padded(head_dim), TOKENS=_TOKENS, **rotation.options,
-            num_warps=_WARPS, **FUSION,
+            num_warps=_warps(head_dim), **FUSION,
         )  # fmt: skip
 
 
