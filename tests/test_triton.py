@@ -74,6 +74,10 @@ def test_tiles_are_chosen_by_families_of_architectures():
     assert {arch: family(arch) for arch in known} == known
 
 
+SPILLS = pytest.mark.xfail(strict=True, reason="exact products of 256 columns want more registers than there are")
+MARKS = {("bf16", 128): (), ("fp32", 256): (pytest.mark.slow, SPILLS)}
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 @pytest.mark.parametrize(
     "dtype, head_dim",
@@ -81,7 +85,9 @@ def test_tiles_are_chosen_by_families_of_architectures():
         pytest.param(dtype, head_dim, id=f"{name}-{head_dim}", marks=marks)
         for name, dtype in [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
         for head_dim in (128, 64, 256, 96, 32, 48, 80)
-        for marks in [() if (name, head_dim) == ("bf16", 128) else pytest.mark.slow]
+        for marks in [
+            [pytest.mark.slow] * ((name, head_dim) != ("bf16", 128)) + [SPILLS] * ((name, head_dim) == ("fp32", 256))
+        ]
     ],
 )
 def test_every_kernel_compiles_ahead_of_time(arch, dtype, head_dim):
