@@ -1,4 +1,4 @@
-"""Re-DMD in two passes over memory: the normaliser, then loss and gradient; sums in float32, in a fixed order."""
+"""Re-DMD in two passes over memory: the normaliser, then loss and gradient; sums in a fixed order."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def _guided(COND, UNCOND, at, known, scale, HAS_UNCOND: tl.constexpr):
 
 
 @triton.jit
+def _joined(total):
+    """The sum of ``total [BLOCK]``, of a thread's elements in float32 and from there on in float64.
+
+    What is summed for each thread has rounding errors of its own; the joint ones would all go into one scalar, and the
+    normaliser's error counts twice in the loss.
+    """
+    return tl.sum(tl.sum(tl.reshape(total, (total.shape[0] // 8, 8)), 1).to(tl.float64), 0)
+
+
+@triton.jit
 def norm_kernel(
     X, REAL, REAL_UNCOND, MASK, NORMS, COUNTS, guidance, elements, span,
     HAS_REAL_UNCOND: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
@@ -40,20 +50,20 @@ def norm_kernel(
         if HAS_MASK:
             count += (tl.load(MASK + at, mask=known, other=0) != 0).to(tl.int32)
     place = sample * tl.num_programs(0) + part
-    tl.store(NORMS + place, tl.sum(total, 0))
+    tl.store(NORMS + place, _joined(total))
     tl.store(COUNTS + place, tl.sum(count, 0))
 
 
 @triton.jit
 def _selected(COUNTS, parts, elements, HAS_MASK: tl.constexpr, PARTS: tl.constexpr):
-    """max(1, number of elements in the mask), in float32."""
+    """max(1, number of elements in the mask), in float64."""
     if HAS_MASK:
         count = tl.zeros([PARTS], tl.int64)
         for start in range(0, parts, PARTS):
             at = start + tl.arange(0, PARTS)
             count += tl.load(COUNTS + at, mask=at < parts, other=0).to(tl.int64)
-        return tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
-    return tl.cast(tl.maximum(elements, 1), tl.float32)
+        return tl.maximum(tl.sum(count, 0), 1).to(tl.float64)
+    return tl.cast(tl.maximum(elements, 1), tl.float64)
 
 
 @triton.jit
@@ -67,9 +77,10 @@ def grad_kernel(
     sample, part, parts = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
     place = tl.arange(0, PARTS)
     norms = tl.load(NORMS + sample * parts + place, mask=place < parts, other=0.0)
-    norm = tl.sum(norms, 0) / elements
+    norm = (tl.sum(norms, 0) / elements).to(tl.float32)
     count = _selected(COUNTS, parts * batch, all_elements, HAS_MASK, PARTS)
-    weight = tl.load(WEIGHT + sample) / count
+    share = tl.load(WEIGHT + sample).to(tl.float64) / count
+    weight = share.to(tl.float32)
     start = tl.cast(part, tl.int64) * span
     total = tl.zeros([BLOCK], tl.float32)
     for step in range(0, span, BLOCK):
@@ -85,17 +96,17 @@ def grad_kernel(
         total += tl.where(known, grad * grad, 0.0)
         if NEED_GRAD:
             tl.store(GRAD + at, (weight * grad).to(GRAD.dtype.element_ty), mask=known)
-    tl.store(SUMS + sample * parts + part, weight * tl.sum(total, 0))
+    tl.store(SUMS + sample * parts + part, share * _joined(total))
 
 
 @triton.jit
 def sum_kernel(SUMS, LOSS, count, BLOCK: tl.constexpr):
     """LOSS = half the sum of ``count`` shares, in one program."""
-    total = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
         total += tl.load(SUMS + at, mask=at < count, other=0.0)
-    tl.store(LOSS, 0.5 * tl.sum(total, 0))
+    tl.store(LOSS, (0.5 * tl.sum(total, 0)).to(tl.float32))
 
 
 def redmd_loss(
@@ -123,9 +134,9 @@ def redmd_loss(
         return torch.empty(size, dtype=dtype, device=x.device)
 
     norms, counts, sums, loss = (
-        empty(batch, parts),
+        empty(batch, parts, dtype=torch.float64),
         empty(batch, parts, dtype=torch.int32),
-        empty(batch, parts),
+        empty(batch, parts, dtype=torch.float64),
         empty(),
     )
     grad = torch.empty_like(x) if need_grad else x.new_empty(0)
