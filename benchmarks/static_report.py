@@ -13,77 +13,19 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import triton
 
 from benchmarks.aot import ARCHITECTURES, SHARED_BLOCK, TOOLS, Compiled, compiled
-from rfkernels import Rope3D
-from rfkernels.arguments import CacheTensors, Past
-from rfkernels.backends import triton as backend
-from rfkernels.geometry import CacheGeometry, WindowMask
+from benchmarks.static_calls import calls, forms
 from rfkernels.triton import tiles
 
 BASELINE = Path(__file__).parent / "static_baseline.json"
-TOKENS, SINKS, WINDOW, FRAMES, HEADS = 1560, 3, 6, 3, 12  # the paper's shape
-ROWS = TOKENS * 9  # of a training sequence
-SHORT = (8, 12)  # rows and columns of a short frame: query tiles span several, and few of them share the keys
 SURVEYED = (128, 64, 256, 96, 32, 48, 80)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def calls(dtype: torch.dtype, head_dim: int, frame_tokens: int = TOKENS) -> dict[str, Callable[[], object]]:
-    """Every operation on meta tensors, by name."""
-    rope = Rope3D(head_dim, 30, frame_tokens // 30) if frame_tokens > 1 else Rope3D(head_dim)
-    tables = rope.tables("meta", dtype, frame_tokens)
-    geometry, scale = CacheGeometry(SINKS, WINDOW, frame_tokens), head_dim**-0.5
-    mask = WindowMask(SINKS * frame_tokens, WINDOW * frame_tokens, FRAMES * frame_tokens, FRAMES * frame_tokens, True)
-    causal = WindowMask(4, 4096, 1, 1, True)
-
-    def meta(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device="meta")
-
-    cache = meta(1, 1, HEADS, geometry.capacity * frame_tokens, head_dim).transpose(2, 3)
-    sums = meta(1, 1, HEADS, SINKS * frame_tokens, head_dim, dtype=torch.float32).transpose(2, 3)
-    lengths, decay = meta(1, dtype=torch.int64), meta(2, HEADS, dtype=torch.float32)
-    chunk, frame = meta(1, FRAMES * frame_tokens, HEADS, head_dim), meta(frame_tokens, HEADS, head_dim)
-    past = Past([frame] * (SINKS + WINDOW - FRAMES), [frame] * (SINKS + WINDOW - FRAMES), lengths, True, dtype)
-    rows, latent = meta(1, ROWS, HEADS, head_dim), meta(1, 21, 16, 60, 104)
-    lse, all_lse = (meta(1, HEADS, n, dtype=torch.float32) for n in (FRAMES * frame_tokens, ROWS))
-    layer = CacheTensors(cache[0], cache[0], sums[0], sums[0])
-    short_tokens = SHORT[0] * SHORT[1]
-    short_tables = Rope3D(head_dim, *SHORT).tables("meta", dtype, short_tokens)
-    short_geometry = CacheGeometry(SINKS, WINDOW, short_tokens)
-    short, held = meta(1, short_tokens, 2, head_dim), meta(1, 2, (SINKS + WINDOW) * short_tokens, head_dim)
-    short_layer = CacheTensors(held.transpose(1, 2), held.transpose(1, 2), None, None)
-    return {
-        "begin_chunk": lambda: backend.begin_chunk(
-            CacheTensors(cache, cache, sums, sums), lengths, FRAMES, None, decay, tables, geometry, True
-        ),
-        "streaming": lambda: backend.streaming_attention(
-            chunk, chunk, chunk, layer, lengths, tables, geometry, scale, True, False
-        ),
-        "streaming, short": lambda: backend.streaming_attention(
-            short, short, short, short_layer, lengths, short_tables, short_geometry, scale, True, False
-        ),
-        "chunk": lambda: backend.chunk_attention(chunk, chunk, chunk, past, tables, geometry, scale),
-        "chunk backward": lambda: backend.chunk_attention_backward(
-            chunk, lse, chunk, chunk, chunk, chunk, lse, past, tables, geometry, scale
-        ),
-        "window, rope": lambda: backend.sink_window_attention(rows, rows, rows, tables, mask, scale),
-        "window": lambda: backend.sink_window_attention(rows, rows, rows, None, causal, scale),
-        "window backward, rope": lambda: backend.sink_window_attention_backward(
-            rows, all_lse, rows, rows, rows, rows, all_lse, tables, mask, scale
-        ),
-        "window backward": lambda: backend.sink_window_attention_backward(
-            rows, all_lse, rows, rows, rows, rows, all_lse, None, causal, scale
-        ),
-        "loss": lambda: backend.redmd_loss(
-            latent, latent, latent, latent, None, meta(1, dtype=torch.float32), None, 3.0, 0.0, True
-        ),
-    }
 
 
 # --- the main loop ----------------------------------------------------------------------------------------------------
@@ -233,7 +175,7 @@ def survey(archs: list[int]) -> bool:
     clean = True
     for head_dim, (name, dtype), arch in itertools.product(SURVEYED, DTYPES.items(), archs):
         faulty = []
-        for case, call in calls(dtype, head_dim).items():
+        for case, call in (calls(dtype, head_dim) | forms(dtype, head_dim)).items():
             faulty += [row(case, k) for k in compiled(call, arch) if faults(k)]
         print(f"sm_{arch}, {name}, head_dim {head_dim}: {len(faulty)} with faults", flush=True)
         show(faulty)

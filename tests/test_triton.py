@@ -19,7 +19,8 @@ pytest.importorskip("triton")
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/triton_backend run as they are")
 @pytest.mark.parametrize(
-    "module", [*(f"triton_backend/test_{name}.py" for name in ("cache", "gradients", "addresses")), "test_ops.py"]
+    "module",
+    [*(f"triton_backend/test_{name}.py" for name in ("cache", "phases", "gradients", "addresses")), "test_ops.py"],
 )
 def test_in_the_interpreter(module):
     """Triton decides at import whether it interprets; this process must not, or every test would run interpreted."""
@@ -74,28 +75,24 @@ def test_tiles_are_chosen_by_families_of_architectures():
     assert {arch: family(arch) for arch in known} == known
 
 
-SPILLS = pytest.mark.xfail(strict=True, reason="exact products of 256 columns want more registers than there are")
-MARKS = {("bf16", 128): (), ("fp32", 256): (pytest.mark.slow, SPILLS)}
-
-
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
 @pytest.mark.parametrize(
     "dtype, head_dim",
     [
-        pytest.param(dtype, head_dim, id=f"{name}-{head_dim}", marks=marks)
+        pytest.param(
+            dtype, head_dim, id=f"{name}-{head_dim}", marks=[pytest.mark.slow] * ((name, head_dim) != ("bf16", 128))
+        )
         for name, dtype in [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
         for head_dim in (128, 64, 256, 96, 32, 48, 80)
-        for marks in [
-            [pytest.mark.slow] * ((name, head_dim) != ("bf16", 128)) + [SPILLS] * ((name, head_dim) == ("fp32", 256))
-        ]
     ],
 )
 def test_every_kernel_compiles_ahead_of_time(arch, dtype, head_dim):
     """No spill, no stack frame, within the shared memory of the architecture; needs no GPU."""
     aot = pytest.importorskip("benchmarks.aot", reason="needs the source tree")
-    from benchmarks.static_report import calls, faults
+    from benchmarks.static_calls import calls, forms
+    from benchmarks.static_report import faults
 
-    for name, call in calls(dtype, head_dim).items():
+    for name, call in (calls(dtype, head_dim) | forms(dtype, head_dim)).items():
         launched = aot.compiled(call, arch)
         assert launched, name
         for kernel in launched:

@@ -84,6 +84,7 @@ def gradients(
     out, grad_out, grad_lse = rows(out), rows(grad_out), grad_lse.contiguous()
     delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     rotation, block_d = rotary(rope, q), padded(head_dim)
+    short = rope is not None and frame_tokens < 64
     counts = (0, 0, 1, 1, True) if mask is None else mask
     lengths = lse if keys.num_frames is None else keys.num_frames
     group, shape = heads // k.shape[2], {"D": head_dim, "BLOCK_D": block_d}
@@ -99,7 +100,8 @@ def gradients(
 
     with on_device(q):
         by_rows, by_keys = (
-            tiles.backward_tile(tiles.architecture(), block_d, dtype, keys.use, of) for of in ("queries", "keys")
+            tiles.backward_tile(tiles.architecture(), head_dim, dtype, keys.use, of, short=short)
+            for of in ("queries", "keys")
         )
         exact = dtype == torch.float32  # in half precision v is rounded far more coarsely than these sums
         delta_rows = by_rows.rows if exact else _DELTA_ROWS

@@ -86,13 +86,13 @@ def forward_kernel(
     scale, queries, keys, heads, frame_tokens, capacity, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens,
     USE: tl.constexpr, OWN_CHUNK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    TWO_FRAMES: tl.constexpr, ROPE: tl.constexpr, HALF: tl.constexpr, FRAME_PAIRS: tl.constexpr,
+    TWO_FRAMES: tl.constexpr, ROPE: tl.constexpr, ROTATED: tl.constexpr, HALF: tl.constexpr, FRAME_PAIRS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M queries of one head, and one share of the keys they see.
 
     USE "prefix": keys are the first ``min(num_frames, capacity)`` frames of K. "chunk": those but for the open frames,
-    then the chunk's own. "window": the ranges of `masks.visible_keys`. Queries are rotated here, at their frame;
-    SINK_Q are those for sinks outside the window, rotated before (here it would cost spilled registers).
+    then the chunk's own. "window": the ranges of `masks.visible_keys`. Queries are rotated here, at their frame, unless
+    they come ROTATED; SINK_Q are those for sinks outside the window, rotated before.
     """
     pid = tl.program_id(0)
     split = tl.program_id(1)
@@ -124,8 +124,7 @@ def forward_kernel(
     exists = columns < D
     k_head = K + wide_sample * k_b + key_head * k_h
     v_head = V + wide_sample * v_b + key_head * v_h
-    sign = tl.where(scale < 0, -1.0, 1.0)  # the running maximum needs a positive scale
-    scale2 = tl.abs(scale) * LOG2_E
+    scale2 = scale * LOG2_E
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M, 8], tl.float32)
@@ -134,8 +133,8 @@ def forward_kernel(
         Q + wide_sample * q_b + wide_head * q_h + first.to(tl.int64) * q_n
         + (known[:, None] * q_n + q_columns[None, :]),
         mask=q_exists[None, :], other=0.0,
-    ).to(tl.float32) * sign  # fmt: skip
-    if ROPE:
+    )  # fmt: skip
+    if ROPE and not ROTATED:
         cos, sin = query_phases(
             first + offset, tl.minimum(first + BLOCK_M, queries) - 1 + offset, first + known + offset,
             num_frames - frames, 0, frame_tokens, sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, TURNS,
@@ -195,7 +194,7 @@ def forward_kernel(
             tl.debug_barrier()  # or the load moves before the sweeps, where its registers are missing
             sink_q = SINK_Q + wide_sample * sq_b + wide_head * sq_h + first.to(tl.int64) * sq_n
             sink_q += known[:, None] * sq_n + q_columns[None, :]
-            q = (tl.load(sink_q, mask=q_exists[None, :], other=0.0).to(tl.float32) * sign).to(K.dtype.element_ty)
+            q = tl.load(sink_q, mask=q_exists[None, :], other=0.0)
 
     total = tl.sum(total, 1)
     empty = (total == 0.0) | (first + within < missing)
@@ -281,6 +280,8 @@ def precision(dtype: torch.dtype) -> str:
 def attend(q: torch.Tensor, keys: Keys, rope: RopeTables | None, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """q ``[B, N_q, H_q, D]``, un-rotated. Returns out in k's dtype and lse float32 ``[B, H_q, N_q]``."""
     q = rows(q)
+    if scale < 0:  # the running maximum needs a positive one
+        q, scale = -q, -scale
     batch, queries, heads, head_dim = q.shape
     k, v = keys.k, keys.v
     own_k, own_v = (k, v) if keys.own_k is None else (keys.own_k, keys.own_v)
@@ -289,17 +290,24 @@ def attend(q: torch.Tensor, keys: Keys, rope: RopeTables | None, scale: float) -
     if lse.numel() == 0:
         return out, lse
     sink_q = q
-    if rope is not None and keys.mask is not None:
-        sink_q = rotate(q, rope, k.dtype, first_token=k.shape[1] - queries, mask=keys.mask)
+    first_token = 0 if keys.mask is None else k.shape[1] - queries
+    if rope is not None and keys.mask is not None:  # between the two ranges of keys it would cost spilled registers
+        sink_q = rotate(q, rope, k.dtype, first_token=first_token, mask=keys.mask)
+    # Where every pair turns with the token, there is an angle for each element: those spill too, and made Triton choose
+    # layouts of Q and K that tensor cores cannot load at once.
+    rotated = rope is not None and rope.spatial.shape[1] == 0
+    if rotated:
+        q = rotate(q, rope, k.dtype, num_frames=keys.num_frames, first_token=first_token)
     rotation = rotary(rope, q)
     block_d = padded(head_dim)
     with on_device(q):
-        tile = tiles.forward_tile(tiles.architecture(), block_d, k.dtype, keys.use, shared=False)
+        kind = (tiles.architecture(), head_dim, k.dtype, keys.use)
+        tile = tiles.forward_tile(*kind, rope=rope is not None, shared=False)
         programs = triton.cdiv(queries, tile.rows) * heads * batch
         splits = tiles.splits(programs, keys.longest, tile, tiles.processors(q.device))
         parts, part_lse = out, lse
         if splits > 1:
-            tile = tiles.forward_tile(tiles.architecture(), block_d, k.dtype, keys.use, shared=True)  # as many rows
+            tile = tiles.forward_tile(*kind, rope=rope is not None, shared=True)  # as many rows
             parts, part_lse = (torch.empty(splits, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
         mask = (0, 0, 1, 1, True) if keys.mask is None else keys.mask
         frame_tokens = rope.frame_tokens if rope is not None and keys.mask is not None else keys.frame_tokens
@@ -310,7 +318,7 @@ def attend(q: torch.Tensor, keys: Keys, rope: RopeTables | None, scale: float) -
             heads, frame_tokens, keys.capacity, *mask[:4], USE=keys.use, OWN_CHUNK=mask[4], GROUP=heads // k.shape[2],
             D=head_dim, BLOCK_D=block_d, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLITS=splits,
             PRECISION=precision(k.dtype), STAGES=tile.stages, TWO_FRAMES=frame_tokens >= tile.rows,
-            **rotation.options, num_warps=tile.warps, num_stages=tile.stages, **FUSION,
+            ROTATED=rotated, **rotation.options, num_warps=tile.warps, num_stages=tile.stages, **FUSION,
             **(ALL_REGISTERS if k.dtype == torch.float32 else {}),
         )  # fmt: skip
         if splits > 1:

@@ -12,17 +12,23 @@ from .rotation import head_columns, narrow, phases, rotate_tile
 
 @triton.jit
 def _sweep_queries(
-    grad_k, grad_v, k, v, q_base, g_base, LSE, DELTA, GRAD_LSE, q_step, g_step, k_column, k_columns, v_columns, start,
-    stop, low, high, limit, scale2,
-    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    grad_k, grad_v, k, v, q_base, g_base, LSE, DELTA, GRAD_LSE, q_step, g_step, q_head, g_head, queries, k_column,
+    k_columns, v_columns, start, stop, low, high, limit, scale2,
+    MASKED: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dK (but for the scale) and dV of query rows [start, stop); scores are transposed, ``[keys, rows]``."""
+    """dK (but for the scale) and dV of query rows [start, stop) of a group's heads, one head after another.
+
+    Scores are transposed, ``[keys, rows]``. Heads are no loop of their own: around this one it would make the
+    accumulators change their layout in every turn (sm_100).
+    """
     within = tl.arange(0, BLOCK_M)
     q_offsets = within[:, None] * q_step + k_column[None, :]
     g_offsets = within[:, None] * g_step + tl.arange(0, grad_v.shape[1])[None, :]
     q_base += tl.cast(start, tl.int64) * q_step
     g_base += tl.cast(start, tl.int64) * g_step
-    for row in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
+    count = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
+    row = start
+    for _ in tl.range(0, count * GROUP, num_stages=STAGES):
         q_loads, g_loads = k_columns[None, :], v_columns[None, :]
         if MASKED:
             known = row + within < limit
@@ -49,8 +55,18 @@ def _sweep_queries(
         if PRECISION == "ieee":  # `backward.delta_kernel` left it out
             grad_weights += grad_lse[None, :]
         grad_k = tl.dot((weights * grad_weights).to(k.dtype), q, grad_k, input_precision=PRECISION)
+        row += BLOCK_M
         q_base += BLOCK_M * q_step
         g_base += BLOCK_M * g_step
+        if GROUP > 1:
+            next_head = row >= stop
+            swept = tl.cast(row - start, tl.int64)
+            q_base += tl.where(next_head, q_head - swept * q_step, 0)
+            g_base += tl.where(next_head, g_head - swept * g_step, 0)
+            LSE += tl.where(next_head, queries, 0)
+            DELTA += tl.where(next_head, queries, 0)
+            GRAD_LSE += tl.where(next_head, queries, 0)
+            row = tl.where(next_head, start, row)
     return grad_k, grad_v
 
 
@@ -125,27 +141,26 @@ def grad_kv_kernel(
             low = within * 0 + missing
             high = within * 0 + queries
         start, stop = interior(begin, end, full_begin, full_end, BLOCK_M)
-        for member in range(GROUP):
-            head = key_head * GROUP + member
-            q_base = q_sample + head * q_head
-            g_base = GRAD_OUT + sample * g_b + head * g_h
-            at_row = (sample * kv_heads * GROUP + head) * queries
-            if USE == "window":
-                grad_k, grad_v = _sweep_queries(
-                    grad_k, grad_v, k, v, q_base, g_base, LSE + at_row, DELTA + at_row, GRAD_LSE + at_row, q_step, g_n,
-                    q_columns, q_exists, exists, begin, tl.minimum(start, end), low, high, end, scale * LOG2_E, True,
-                    BLOCK_M, PRECISION, STAGES,
-                )  # fmt: skip
+        head = key_head * GROUP
+        q_base = q_sample + head * q_head
+        g_base = GRAD_OUT + sample * g_b + head * g_h
+        at_row = (sample * kv_heads * GROUP + head) * queries
+        if USE == "window":
             grad_k, grad_v = _sweep_queries(
                 grad_k, grad_v, k, v, q_base, g_base, LSE + at_row, DELTA + at_row, GRAD_LSE + at_row, q_step, g_n,
-                q_columns, q_exists, exists, start, stop, low, high, end, scale * LOG2_E, False,
-                BLOCK_M, PRECISION, STAGES,
+                q_head, g_h, queries, q_columns, q_exists, exists, begin, tl.minimum(start, end), low, high, end,
+                scale * LOG2_E, True, GROUP, BLOCK_M, PRECISION, STAGES,
             )  # fmt: skip
-            grad_k, grad_v = _sweep_queries(
-                grad_k, grad_v, k, v, q_base, g_base, LSE + at_row, DELTA + at_row, GRAD_LSE + at_row, q_step, g_n,
-                q_columns, q_exists, exists, stop, end, low, high, end, scale * LOG2_E, True,
-                BLOCK_M, PRECISION, STAGES,
-            )  # fmt: skip
+        grad_k, grad_v = _sweep_queries(
+            grad_k, grad_v, k, v, q_base, g_base, LSE + at_row, DELTA + at_row, GRAD_LSE + at_row, q_step, g_n,
+            q_head, g_h, queries, q_columns, q_exists, exists, start, stop, low, high, end, scale * LOG2_E, False,
+            GROUP, BLOCK_M, PRECISION, STAGES,
+        )  # fmt: skip
+        grad_k, grad_v = _sweep_queries(
+            grad_k, grad_v, k, v, q_base, g_base, LSE + at_row, DELTA + at_row, GRAD_LSE + at_row, q_step, g_n,
+            q_head, g_h, queries, q_columns, q_exists, exists, stop, end, low, high, end, scale * LOG2_E, True,
+            GROUP, BLOCK_M, PRECISION, STAGES,
+        )  # fmt: skip
 
     grad_k = grad_k * scale
     if ROPE:

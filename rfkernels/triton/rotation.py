@@ -20,32 +20,41 @@ def narrow(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def sincos_turns(t):
-    """sin and cos of ``2 pi t`` for float64 ``|t| <= 1/2``, in float32, to 1e-7.
+    """sin and cos, in float32 to 1e-7, of unsigned 32-bit ``t`` in units of 2**-32 turns.
 
     Polynomials over an eighth of a turn: libdevice's sinf carries a slow path for huge angles and its stack frame.
     """
-    quarter = tl.floor(4.0 * t + 0.5)
+    quarter = (t + 0x20000000) >> 30
     # Rounded to float32 after the reduction: half a turn in float32 is off by 2e-7 in its angle, an eighth by 5e-8.
-    r = ((t - 0.25 * quarter) * 6.283185307179586).to(tl.float32)
+    r = (t - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2**32
     r2 = r * r
     s = r + r * r2 * (-1.0 / 6 + r2 * (1.0 / 120 + r2 * (-1.0 / 5040 + r2 * (1.0 / 362880))))
     c = 1.0 + r2 * (-0.5 + r2 * (1.0 / 24 + r2 * (-1.0 / 720 + r2 * (1.0 / 40320 + r2 * (-1.0 / 3628800)))))
-    quadrant = quarter.to(tl.int32) & 3
-    swap = (quadrant & 1) == 1
+    swap = (quarter & 1) == 1
     sin = tl.where(swap, c, s)
     cos = tl.where(swap, s, c)
-    sin = tl.where(quadrant >= 2, -sin, sin)
-    cos = tl.where((quadrant == 1) | (quadrant == 2), -cos, cos)
+    sin = tl.where(quarter >= 2, -sin, sin)
+    cos = tl.where((quarter == 1) | (quarter == 2), -cos, cos)
     return sin, cos
 
 
 @triton.jit
 def frame_phases(frames, TURNS, BLOCK_D: tl.constexpr, FRAME_PAIRS: tl.constexpr):
-    """sin and cos of the frame pairs, ``[1 or rows, BLOCK_D / 2]``: angles reduced in turns in float64."""
+    """sin and cos of the frame pairs, ``[1 or rows, BLOCK_D / 2]``.
+
+    Turns a frame, float64 in the table, become integers in units of 2**-64 turns: their products with frame numbers
+    wrap at whole turns by themselves, exact to 2**-32 turns, in one 32-bit register each. float64 would take two, and
+    consumer GPUs have next to no float64 units.
+    """
     pair = tl.arange(0, BLOCK_D // 2)
     turns = tl.load(TURNS + pair, mask=pair < FRAME_PAIRS, other=0.0)
-    t = frames.to(tl.float64) * turns[None, :]
-    return sincos_turns(t - tl.floor(t + 0.5))
+    turns = (turns - tl.floor(turns)) * 4294967296.0
+    high = turns.to(tl.uint32)[None, :]
+    low = ((turns - tl.floor(turns)) * 4294967296.0).to(tl.uint32)[None, :]
+    frames = frames.to(tl.int32)
+    signs = (frames >> 31).to(tl.uint32, bitcast=True)  # of a signed number times an unsigned one
+    frames = frames.to(tl.uint32, bitcast=True)
+    return sincos_turns(frames * high + tl.umulhi(frames, low) - (low & signs))
 
 
 @triton.jit

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 import triton
 
+from .launch import padded
+
 _INTERPRETER_PROCESSORS = 8  # so that small tests both split and do not
 
 
@@ -43,39 +45,53 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def forward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str, shared: bool) -> Tile:
-    """For the forward kernel, by padded head size and use ("prefix", "chunk" or "window"); shared: by `splits` > 1."""
+def forward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str, *, rope: bool, shared: bool) -> Tile:
+    """For the forward kernel, by head size and use ("prefix", "chunk" or "window"); shared: by `splits` > 1."""
+    block_d = padded(head_dim)
     if arch is None:
         return Tile(32, 16, 4, 1)  # interpreted: small, so that small shapes straddle tiles
     if dtype == torch.float32:
-        # Exact products are scalar multiply-adds, and a thread holds whole rows of both operands: larger tiles spill,
-        # and at 256 columns every tile that was tried (docs/triton.md).
-        return Tile(32, 32, 8, 1) if block_d <= 64 else Tile(16, 16, 8, 1)
+        # Exact products are scalar multiply-adds. With one stage ptxas gathers whole rows of both operands and spills;
+        # so it does with 32 keys beside row bounds at 128 columns, and 64 rows leave one block an SM.
+        few = block_d > 128 or (block_d, use) == (128, "window")
+        return Tile(32, 16 if few else 32, 4, 2)
     if block_d <= 64:
         return Tile(128, 64, 8, 2)  # 4 warps spill
     if block_d == 128:
-        # 128 keys halve the rescaling of the accumulator per score. They spill beside the row bounds of a window or of
-        # a share, and on sm_120 beside two ranges of keys.
-        small = use == "window" or shared or (use, arch) == ("chunk", 120)
-        small = small or (use, arch, dtype) == ("prefix", 80, torch.float16)  # seen: 8 bytes of stack, none in bfloat16
-        return Tile(128, 64 if small else 128, 8, 2)
+        # 128 keys halve the rescaling of the accumulator per score. They spill beside the row bounds of a window; as
+        # shares, and as two ranges of keys, on sm_120 or beside the mask of padded columns on sm_90.
+        few = use == "window" and (rope or shared or arch >= 100)
+        few = few or (arch == 80 and shared) or (use, arch) == ("chunk", 120)
+        few = few or ((use, arch) == ("chunk", 90) and head_dim < block_d)
+        few = few or (use, arch, dtype) == ("prefix", 80, torch.float16)  # seen: 8 bytes of stack, none in bfloat16
+        if (use, arch, shared) == ("window", 80, True):
+            return Tile(128, 32, 8, 2)
+        return Tile(128, 64 if few else 128, 8, 2)
     if arch in (90, 100):
         return Tile(64, 64, 8, 2)
     return Tile(32, 32, 8, 2) if use == "window" else Tile(64, 32, 8, 2)  # row bounds: 64 rows spill
 
 
-def backward_tile(arch: int | None, block_d: int, dtype: torch.dtype, use: str, of: str) -> Tile:
-    """For the backward kernel of "queries" or of "keys"; the largest tiles that do not spill."""
+def backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str, of: str, *, short: bool) -> Tile:
+    """For the backward kernel of "queries" or of "keys"; the largest tiles that do not spill.
+
+    short: frames of fewer than 64 tokens, so that every element of a tile may have an angle of its own.
+    """
+    block_d = padded(head_dim)
     if arch is None:
         return Tile(32, 32, 4, 1)
-    if dtype == torch.float32:
-        return Tile(32, 32, 4, 1) if block_d <= 64 else Tile(16, 16, 4, 1)
-    if block_d <= 64:  # 4 warps, and 64x64, spill; on sm_120 64 rows of queries do
+    if dtype == torch.float32:  # two stages spill, as do more rows or keys
+        if block_d <= 64:
+            return Tile(32 if of == "queries" else 16, 32, 4, 1)
+        return Tile(16, 16, 4 if block_d == 128 else 8, 1)
+    if block_d == 32:  # on sm_90 two stages of 64 rows crash ptxas 12.9 (a window's queries, with a rope)
+        return Tile(64, 32, 8, 1 if (of, arch) == ("queries", 90) else 2)
+    if block_d == 64:  # 4 warps, and 64x64, spill; on sm_120 64 rows of queries do
         return Tile(32, 64, 8, 2) if (of, arch) == ("queries", 120) else Tile(64, 32, 8, 2)
     if block_d == 128:
         if of == "keys":  # fragments in registers (sm_80, sm_120): 64 rows spill
             return Tile(64, 64, 8, 2) if arch in (90, 100) else Tile(32, 64, 8, 2)
-        if arch == 120 or (use, arch) == ("window", 100):  # 64 rows spill
+        if arch == 120 or (use == "window" and (short or arch == 100)):  # 64 rows spill
             return Tile(32, 64, 8, 2)
         return Tile(64, 64, 8, 2) if arch == 100 else Tile(64, 32, 8, 2)
     return Tile(16 if (of, use, arch) == ("queries", "window", 100) else 32, 32, 8, 1)  # there 32 rows spill
