@@ -109,8 +109,9 @@ def begin_chunk(
     held, sink = meta(geometry.capacity, dtype), meta(shape.sinks, sums)
     lengths = torch.empty(1, dtype=torch.int64, device="meta")
     decay = None if static else torch.empty(2, shape.kv_heads, device="meta")
+    advancing = None if shape is PAPER else lengths.to(torch.bool)
     cache = CacheTensors(held, held, sink, None if static else sink)
-    return lambda: backend.begin_chunk(cache, lengths, shape.frames, None, decay, tables, geometry, before_window)
+    return lambda: backend.begin_chunk(cache, lengths, shape.frames, advancing, decay, tables, geometry, before_window)
 
 
 def loss(dtype: torch.dtype, masked: bool) -> Callable[[], object]:

@@ -9,7 +9,7 @@ import triton.language as tl
 from ..arguments import CacheTensors
 from ..geometry import CacheGeometry, WindowMask
 from ..rope import RopeTables
-from .launch import FUSION, on_device, padded, rotary, rows
+from .launch import ALL_REGISTERS, FUSION, on_device, padded, rotary, rows
 from .masks import evicted_frames
 from .rotation import head_columns, narrow, phases, rotate_tile
 
@@ -143,6 +143,9 @@ def begin_chunk(
     if geometry.sink_frames == 0 or not moves_sink:
         return
     rotation = rotary(rope, k)
+    # Left alone, ptxas fits three blocks on an SM: right, but sinks that saturate at every step and float32 keys spill.
+    spills = k.dtype == torch.float32 or (sink_k is not None and sink_k.dtype == torch.float16)
+    registers = ALL_REGISTERS if spills else {}
     blocks = triton.cdiv(geometry.frame_tokens, _TOKENS)
     with on_device(k):
         begin_chunk_kernel[(blocks * geometry.sink_frames * kv_heads * batch * layers,)](
@@ -153,7 +156,7 @@ def begin_chunk(
             SINKS=geometry.sink_frames, WINDOW=geometry.window_frames, BEFORE_WINDOW=before_window and rope is not None,
             FOLDS=decay is not None, HAS_ADVANCING=advancing is not None, HAS_SINK_K=sink_k is not None,
             HAS_SINK_V=sink_v is not None, D=head_dim, BLOCK_D=padded(head_dim), TOKENS=_TOKENS, **rotation.options,
-            num_warps=_warps(head_dim), **FUSION,
+            num_warps=_warps(head_dim), **FUSION, **registers,
         )  # fmt: skip
 
 
