@@ -7,6 +7,7 @@ compiled is what that call would launch on that architecture, tile choice and ar
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import subprocess
 import tempfile
@@ -62,9 +63,17 @@ class Compiled:
     shared: int
     registers: int
     stack: int
-    spills: int  # instructions that move registers to and from local memory
-    sass: str = field(repr=False)
+    cubin: bytes = field(repr=False)
     ptx: str = field(repr=False)
+
+    @functools.cached_property
+    def sass(self) -> str:
+        return _tool("nvdisasm", self.cubin)
+
+    @property
+    def spills(self) -> int:
+        """Instructions that move registers to and from local memory, of which there is none without a stack."""
+        return len(re.findall(r"\b(?:STL|LDL)\b", self.sass)) if self.stack else 0
 
     @property
     def ctas_per_sm(self) -> int:
@@ -79,15 +88,18 @@ def _tool(name: str, cubin: bytes, *arguments: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _describe(kernel, name: str, arch: int, options: dict) -> Compiled:
-    cubin, ptx = kernel.asm["cubin"], kernel.asm["ptx"]
+@functools.cache
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, bytes of its stack."""
     usage = _tool("cuobjdump", cubin, "-res-usage")
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    meta = kernel.metadata
-    sass = _tool("nvdisasm", cubin)
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
+    return registers, stack
+
+
+def _describe(kernel, name: str, arch: int, options: dict) -> Compiled:
+    meta, cubin = kernel.metadata, kernel.asm["cubin"]
     return Compiled(
-        name, arch, options, meta.num_warps, meta.num_stages, meta.shared, registers, stack, spills, sass, ptx
+        name, arch, options, meta.num_warps, meta.num_stages, meta.shared, *_usage(cubin), cubin, kernel.asm["ptx"]
     )
 
 
