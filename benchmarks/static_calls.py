@@ -39,7 +39,7 @@ class Shape(NamedTuple):
 
 PAPER = Shape((30, 52), 12, 12, 3, 6, 3)
 SHAPES = {
-    "shared": Shape((10, 18), 2, 1, 3, 6, 1, "half"),  # few programs, which share the keys
+    "shared": Shape((8, 16), 1, 1, 3, 6, 1, "half"),  # few programs, which share the keys
     "short": Shape((3, 5), 16, 8, 3, 6, 3, "half", own_chunk=False),  # a tile of queries lies in many frames
     "tokens": Shape(None, 16, 4, 4, 4096, 64, "half"),  # every pair turns with the token, as in language models
 }

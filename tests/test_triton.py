@@ -95,6 +95,8 @@ def test_every_kernel_compiles_ahead_of_time(arch, dtype, head_dim):
     for name, call in (calls(dtype, head_dim) | forms(dtype, head_dim)).items():
         launched = aot.compiled(call, arch)
         assert launched, name
+        if name.endswith("shared"):
+            assert launched[-1].name == "merge_kernel", name
         for kernel in launched:
             assert faults(kernel) is None, f"{name} for sm_{arch}: {faults(kernel)}: {kernel}"
 

@@ -16,9 +16,7 @@ from .cache import rotate
 from .forward import Keys, precision
 from .grad_kv import grad_kv_kernel
 from .grad_q import grad_q_kernel
-from .launch import ALL_REGISTERS, FUSION, on_device, padded, rotary, rows
-
-_DELTA_ROWS = 32
+from .launch import ALL_REGISTERS, FUSION, on_device, padded, pointwise_rows, rotary, rows
 
 
 @triton.jit
@@ -104,7 +102,7 @@ def gradients(
             for of in ("queries", "keys")
         )
         exact = dtype == torch.float32  # in half precision v is rounded far more coarsely than these sums
-        delta_rows = by_rows.rows if exact else _DELTA_ROWS
+        delta_rows = by_rows.rows if exact else pointwise_rows(block_d)
         delta_kernel[(triton.cdiv(queries, delta_rows) * heads * batch,)](
             out, grad_out, grad_lse, delta, *strides(out, grad_out), queries, heads, **shape, BLOCK_M=delta_rows,
             EXACT=exact, num_warps=4, **FUSION,

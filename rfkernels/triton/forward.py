@@ -12,7 +12,7 @@ from ..geometry import WindowMask
 from ..rope import RopeTables
 from . import tiles
 from .cache import rotate
-from .launch import ALL_REGISTERS, FUSION, on_device, padded, rotary, rows
+from .launch import ALL_REGISTERS, FUSION, on_device, padded, pointwise_rows, rotary, rows
 from .masks import interior, share, visible_keys
 from .rotation import head_columns, narrow, query_phases, rotate_tile
 
@@ -319,11 +319,12 @@ def attend(q: torch.Tensor, keys: Keys, rope: RopeTables | None, scale: float) -
             D=head_dim, BLOCK_D=block_d, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SPLITS=splits,
             PRECISION=precision(k.dtype), STAGES=tile.stages, TWO_FRAMES=frame_tokens >= tile.rows,
             ROTATED=rotated, **rotation.options, num_warps=tile.warps, num_stages=tile.stages, **FUSION,
-            **(ALL_REGISTERS if k.dtype == torch.float32 else {}),
+            **(ALL_REGISTERS if k.dtype == torch.float32 or block_d > 128 else {}),
         )  # fmt: skip
         if splits > 1:
-            merge_kernel[(triton.cdiv(queries, 32) * heads * batch,)](
-                parts, part_lse, out, lse, queries, heads, SPLITS=splits, D=head_dim, BLOCK_D=block_d, BLOCK_M=32,
+            merged = pointwise_rows(block_d)
+            merge_kernel[(triton.cdiv(queries, merged) * heads * batch,)](
+                parts, part_lse, out, lse, queries, heads, SPLITS=splits, D=head_dim, BLOCK_D=block_d, BLOCK_M=merged,
                 num_warps=4, **FUSION,
             )  # fmt: skip
     return out, lse

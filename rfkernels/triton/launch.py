@@ -46,6 +46,11 @@ def padded(head_dim: int) -> int:
     return triton.next_power_of_2(head_dim)
 
 
+def pointwise_rows(block_d: int) -> int:
+    """Rows of a program of 4 warps that adds up or joins whole rows; 256 columns of 32 spill."""
+    return 32 if block_d <= 128 else 16
+
+
 def on_device(x: torch.Tensor):
     """Triton launches on the current device; an op may be called with tensors of another."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

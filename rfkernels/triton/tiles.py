@@ -67,8 +67,8 @@ def forward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str, 
         if (use, arch, shared) == ("window", 80, True):
             return Tile(128, 32, 8, 2)
         return Tile(128, 64 if few else 128, 8, 2)
-    if arch in (90, 100):
-        return Tile(64, 64, 8, 2)
+    if arch in (90, 100):  # 64 rows of a window with a rope spill on sm_90
+        return Tile(32 if (arch, use, rope) == (90, "window", True) else 64, 64, 8, 2)
     return Tile(32, 32, 8, 2) if use == "window" else Tile(64, 32, 8, 2)  # row bounds: 64 rows spill
 
 
@@ -94,7 +94,8 @@ def backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str,
         if arch == 120 or (use == "window" and (short or arch == 100)):  # 64 rows spill
             return Tile(32, 64, 8, 2)
         return Tile(64, 64, 8, 2) if arch == 100 else Tile(64, 32, 8, 2)
-    return Tile(16 if (of, use, arch) == ("queries", "window", 100) else 32, 32, 8, 1)  # there 32 rows spill
+    few = (of, use) == ("queries", "window") and (short or arch == 100)  # 32 rows spill
+    return Tile(16 if few else 32, 32, 8, 1)
 
 
 def splits(programs: int, keys: int, tile: Tile, processors: int) -> int:
