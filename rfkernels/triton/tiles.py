@@ -59,10 +59,10 @@ def forward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str, 
         return Tile(128, 64, 8, 2)  # 4 warps spill
     if block_d == 128:
         # 128 keys halve the rescaling of the accumulator per score. They spill beside the row bounds of a window; as
-        # shares, and as two ranges of keys, on sm_120 or beside the mask of padded columns on sm_90.
+        # shares, and as two ranges of keys, on sm_120 or beside the mask of padded columns.
         few = use == "window" and (rope or shared or arch >= 100)
         few = few or (arch == 80 and shared) or (use, arch) == ("chunk", 120)
-        few = few or ((use, arch) == ("chunk", 90) and head_dim < block_d)
+        few = few or (use == "chunk" and arch < 100 and head_dim < block_d)
         few = few or (use, arch, dtype) == ("prefix", 80, torch.float16)  # seen: 8 bytes of stack, none in bfloat16
         if (use, arch, shared) == ("window", 80, True):
             return Tile(128, 32, 8, 2)
@@ -89,8 +89,8 @@ def backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str,
     if block_d == 64:  # 4 warps, and 64x64, spill; on sm_120 64 rows of queries do
         return Tile(32, 64, 8, 2) if (of, arch) == ("queries", 120) else Tile(64, 32, 8, 2)
     if block_d == 128:
-        if of == "keys":  # fragments in registers (sm_80, sm_120): 64 rows spill
-            return Tile(64, 64, 8, 2) if arch in (90, 100) else Tile(32, 64, 8, 2)
+        if of == "keys":  # 64 rows spill with fragments in registers (sm_80, sm_120) or padded columns (sm_90)
+            return Tile(64 if arch == 100 or (arch == 90 and head_dim == block_d) else 32, 64, 8, 2)
         if arch == 120 or (use == "window" and (short or arch == 100)):  # 64 rows spill
             return Tile(32, 64, 8, 2)
         return Tile(64, 64, 8, 2) if arch == 100 else Tile(64, 32, 8, 2)
