@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..models import CausalWan, StreamingSampler, from_pretrained
+from ...models import CausalWan, StreamingSampler, from_pretrained
 from . import clips, metrics
 from .presets import PRESETS
 

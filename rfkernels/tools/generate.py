@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from .models import CausalWanConfig, StreamingSampler, from_pretrained
-from .models.checkpoints import read_config
-from .models.video import StreamingDecoder, encode_prompts
+from ..models import CausalWanConfig, StreamingSampler, from_pretrained
+from ..models.checkpoints import read_config
+from ..models.video import StreamingDecoder, encode_prompts
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 NEEDED = ("av", "diffusers", "transformers")
