@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 from .. import native
-from . import reference
-from ..contract.requests import CacheTensors, Past, RopeTables, open_frames
 from ..contract.geometry import CacheGeometry, WindowMask
+from ..contract.requests import CacheTensors, Past, RopeTables, open_frames
+from . import reference
 
 _ops = torch.ops.rfkernels_native
 

@@ -1,7 +1,7 @@
 """A minute of video from the small model that comes with the package, and what the sink does to it.
 
-The model (`rfkernels.tools.tiny`) was trained on a camera that moves over five photographs. It streams six conditions at
-once through its cache with EMA-Sink, then the same noise without a sink and with a static one.
+The model (`rfkernels.tools.tiny`) was trained on a camera that moves over five photographs. It streams six conditions
+at once through its cache with EMA-Sink, then the same noise without a sink and with a static one.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ def sampler(model: CausalWan, streams: int, sink: Sink, **options) -> StreamingS
     """A sampler as the student was trained, with another sink."""
     tiny = PRESETS["tiny"]
     return StreamingSampler(
-        model, tiny.steps, tiny.shift, tiny.chunk_frames, sink.frames, tiny.window_frames, sink.alpha,
-        height=clips.SIZE, width=clips.SIZE, batch_size=streams, **options,
+        model, tiny.steps, tiny.shift, chunk_frames=tiny.chunk_frames, sink_frames=sink.frames,
+        window_frames=tiny.window_frames, alpha=sink.alpha, height=clips.SIZE, width=clips.SIZE, batch_size=streams, **options,
     )  # fmt: skip
 
 
