@@ -30,10 +30,10 @@ def row(geometry: CacheGeometry, frames: int, chunk: int, y: float) -> list[str]
     for slot in range(geometry.capacity):
         x = LEFT + slot * SIDE + (16 if slot >= geometry.sink_frames else 0)
         if slot not in held:
-            parts.append(box(x, y, "empty", "–"))
+            parts.append(box(x, y, "empty", "-"))
         elif slot < geometry.sink_frames:
-            fused = [g for g in range(geometry.sink_frames, geometry.sink_frames + evicted)]
-            fused = [g for g in fused if geometry.fuse_slot(g) == slot]
+            gone = range(geometry.sink_frames, geometry.sink_frames + evicted)
+            fused = [g for g in gone if geometry.fuse_slot(g) == slot]
             position = f"at {geometry.sink_position(slot, frames, True)}"
             parts.append(box(x, y, "sink", "+".join(map(str, [slot, *fused])), position))
         else:

@@ -67,7 +67,8 @@ def sampler(model: CausalWan, streams: int, sink: Sink, **options) -> StreamingS
     tiny = PRESETS["tiny"]
     return StreamingSampler(
         model, tiny.steps, tiny.shift, chunk_frames=tiny.chunk_frames, sink_frames=sink.frames,
-        window_frames=tiny.window_frames, alpha=sink.alpha, height=clips.SIZE, width=clips.SIZE, batch_size=streams, **options,
+        window_frames=tiny.window_frames, alpha=sink.alpha, height=clips.SIZE,
+        width=clips.SIZE, batch_size=streams, **options,
     )  # fmt: skip
 
 
