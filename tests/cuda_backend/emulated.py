@@ -1,6 +1,6 @@
 """The CUDA backend on CPU tensors: the host code as it is, its launches executed by the PTX emulator.
 
-``csrc/cuda_*.cpp`` are compiled with ``runtime.cpp`` of this folder in place of the CUDA runtime and register the
+``csrc/host/cuda/*.cpp`` are compiled with ``runtime.cpp`` of this folder in place of the CUDA runtime and register the
 schemas of `rfkernels.ops` once more, as ``torch.ops.rfkernels_emulated``. A launch arrives in `_launch` with the
 kernel's name, its argument as bytes and the tensors that it points to, and runs the PTX that nvcc makes of the same
 ``csrc/cuda/**/*.cu``. Builds are kept under build/ by the content of what they are made of.
@@ -86,7 +86,8 @@ def _modules(name: str) -> emulator.Module:
 
 def _library() -> Path:
     """The host code, compiled with the emulated runtime."""
-    sources = [*CSRC.glob("cuda_*.cpp"), HERE / "runtime.cpp"]
+    host = (path for path in (CSRC / "host" / "cuda").glob("*.cpp") if path.name != "runtime.cpp")
+    sources = [*sorted(host), HERE / "runtime.cpp"]
     torch_folder = Path(torch.__file__).parent
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
     flags += [f"-DRF_NAMESPACE={NAMESPACE}", "-DRF_DISPATCH_KEY=CPU", "-DRF_KERNELS_BY_NAME"]
