@@ -41,9 +41,7 @@ __device__ __forceinline__ void hide_unseen(Scores& s, const ForwardParams& para
   const int row = block * Config::kTileRows + thread / 32 * 16 * Config::kRowBlocks + thread % 32 / 4;
 #pragma unroll
   for (int r = 0; r < 2 * Config::kRowBlocks; ++r) {
-    Range seen = {0, end};
-    if (p.use == Use::kWindow)
-      seen = visible_keys(p.mask, min(row + 8 * r, p.queries - 1) + p.keys - p.queries, part == 1, p.keys);
+    const Range seen = keys_of_row(p, part, row + 8 * r, 0, end);
     const int before = not_before(first_key + thread % 4 * 2 - seen.begin);
     const unsigned count = not_before(max(seen.end - seen.begin, 0));  // one comparison a score, whatever the use
 #pragma unroll
@@ -69,7 +67,7 @@ __device__ __forceinline__ void store(const WarpRows<Config>& rows, const Forwar
 #pragma unroll
   for (int r = 0; r < 2 * Config::kRowBlocks; ++r) {
     const int local = warp_row + lane / 4 + 8 * r, row = tile.first_row + local;
-    const bool exists = row >= tile.missing;
+    const bool exists = row >= tile.stream.missing;
     const float normaliser = exists ? rows.softmax.normaliser(r) : 0.0f;
     if (lane % 4 == 0 && row <= tile.last_row)
       params.lse[(place * p.heads + tile.head) * p.queries + row] = exists ? rows.softmax.lse(r) : kUnseen;

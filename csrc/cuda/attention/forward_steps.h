@@ -4,8 +4,8 @@
 #pragma once
 #include "../element.h"
 #include "async_copy.h"
-#include "mask.h"
 #include "params.h"
+#include "ranges.h"
 #include "rotation.h"
 #include "swizzle.h"
 
@@ -28,10 +28,7 @@ __device__ __forceinline__ BlockAddresses<Tile, kByRows> not_before(BlockAddress
 struct QueryTile {
   int sample, head, split;
   int first_row, last_row;  // last_row: the last that exists
-  int offset;               // kWindow: row + offset is a query's index among the keys
-  int missing;              // rows before this one belong to frames that the stream does not have
-  int past_tokens;          // tokens of k that are seen (kPrefix, kChunk)
-  int first_frame;          // of row 0; kWindow: 0, frames count from the first key
+  StreamRows stream;
 
   __device__ QueryTile(const ForwardParams& params, int rows) {
     const AttentionProblem& p = params.problem;
@@ -41,44 +38,22 @@ struct QueryTile {
     split = blockIdx.y;
     first_row = block * rows;
     last_row = min(first_row + rows, p.queries) - 1;
-    offset = missing = past_tokens = first_frame = 0;
-    if (p.use == Use::kWindow) {
-      offset = p.keys - p.queries;
-    } else {
-      const int tokens = int(p.frame_tokens), frames = p.queries / tokens;
-      const int num_frames = int(p.num_frames[sample]);
-      missing = max(frames - num_frames, 0) * tokens;
-      first_frame = num_frames - frames;
-      const int valid = min(num_frames, int(p.capacity)) - (p.use == Use::kChunk ? frames : 0);
-      past_tokens = max(valid, 0) * tokens;
-    }
+    stream = StreamRows(p, sample);
   }
 };
 
 // One contiguous range of keys that a tile of queries sweeps.
-struct KeySegment {
+struct KeySegment : Sweep {  // begin, end: of this block's share, whole tiles but for the last tile of the last share
   const char *k, *v;         // token `begin`
   int64_t k_step, v_step;    // bytes from token to token
-  int begin, end;            // of this block's share: whole tiles, but for the last tile of the last share
-  int full_begin, full_end;  // between these every row sees every key
 
   // part 0: the prefix, the past, or the window; part 1: the open chunk's own keys, or sinks outside the window.
-  __device__ KeySegment(const ForwardParams& params, const QueryTile& tile, int part, int tile_keys) {
+  __device__ KeySegment(const ForwardParams& params, const QueryTile& tile, int part, int tile_keys)
+      : Sweep(swept_keys(params.problem, tile.stream, part, tile.first_row, tile.last_row)) {
     const AttentionProblem& p = params.problem;
     const bool own = p.use == Use::kChunk && part == 1;
     const Rows& rk = own ? p.own_k : p.k;
     const Rows& rv = own ? p.own_v : p.v;
-    if (p.use == Use::kWindow) {
-      const Range first = visible_keys(p.mask, tile.first_row + tile.offset, part == 1, p.keys);
-      const Range last = visible_keys(p.mask, tile.last_row + tile.offset, part == 1, p.keys);
-      begin = first.begin, end = last.end;
-      full_begin = last.begin, full_end = first.end;
-    } else {
-      begin = own ? tile.missing : 0;
-      end = own ? p.queries : tile.past_tokens;
-      if (tile.last_row < tile.missing) end = begin;  // nobody here to attend
-      full_begin = begin, full_end = end;
-    }
     end = max(end, begin);
     if (params.splits > 1) {
       const int tiles = (end - begin + tile_keys - 1) / tile_keys;
@@ -166,8 +141,8 @@ __device__ __forceinline__ void load_queries(const AttentionProblem& p, const Qu
     load4(a, source + size * first, p.q_type);
     load4(b, source + size * second, p.q_type);
     if (p.rope.frame_turns != nullptr) {
-      const int index = known + tile.offset;
-      int frame = index / tokens + tile.first_frame;
+      const int index = known + tile.stream.offset;
+      int frame = index / tokens + tile.stream.first_frame;
       if (for_sinks) frame -= evicted_frames(p.mask, index, tokens);
       phases.set(p.rope, group * kPhases, kPairs, frame, index % tokens);
       phases.rotate(a, b, half_split);

@@ -5,7 +5,7 @@
 #pragma once
 #include "../async_copy.h"
 #include "../backward_params.h"
-#include "../mask.h"
+#include "../ranges.h"
 #include "../rotation.h"
 #include "../softmax.h"
 #include "../swizzle.h"

@@ -5,32 +5,12 @@
 
 namespace rfkernels::cuda {
 
-// One contiguous range of query rows that see a tile of keys: in their window, or as sinks outside it.
-struct SweptQueries {
-  int begin, end;
-  int full_begin, full_end;  // between these every row sees every key
-
-  __device__ SweptQueries(const AttentionProblem& p, bool outside, int first_key, int last_key, int missing) {
-    if (p.use == Use::kChunk) {
-      begin = full_begin = missing, end = full_end = last_key < missing ? missing : p.queries;
-      return;
-    }
-    const Range first = seeing_queries(p.mask, first_key, outside, p.keys);
-    const Range last = seeing_queries(p.mask, last_key, outside, p.keys);
-    const int offset = p.keys - p.queries;
-    // Of a tile only the first keys may be sinks: then its last key sees nobody, and every row needs the mask.
-    const bool only_first = outside && first_key < p.mask.sink_tokens && last_key >= p.mask.sink_tokens;
-    begin = max(first.begin - offset, 0), full_begin = max(last.begin - offset, 0);
-    end = (only_first ? p.keys : last.end) - offset, full_end = only_first ? 0 : first.end - offset;
-  }
-};
-
 // One tile of queries: weights times the output's gradients to dV, scores' gradients times queries to dK.
 template <class Config>
 __device__ __forceinline__ void grad_kv_step(typename Config::Accumulator& sum_k, typename Config::Accumulator& sum_v,
-                                             const AttentionProblem& p, const SweptQueries& queries, bool outside,
-                                             int key, int row, int part, uint32_t terms,
-                                             const OwnAddresses<Config>& own, const SweptAddresses<Config>& swept) {
+                                             const AttentionProblem& p, const Sweep& queries, bool outside, int key,
+                                             int row, int part, uint32_t terms, const OwnAddresses<Config>& own,
+                                             const SweptAddresses<Config>& swept) {
   const float scale2 = p.scale * kLog2E;
   typename Config::Scores w = {}, grad = {};
   multiply<Config, 0>(w, own, swept);
@@ -47,7 +27,7 @@ __device__ __forceinline__ void grad_kv_step(typename Config::Accumulator& sum_k
 #pragma unroll
       for (int i = 0; i < 4; ++i) w[m][n][i] = exp2_fast(__fmaf_rn(w[m][n][i], scale2, -lse2[i % 2]));
   }
-  if (row < queries.full_begin || row + Config::kSwept > queries.full_end) {
+  if (queries.hides(row, Config::kSwept)) {
     if (p.use == Use::kWindow) {
       const int offset = p.keys - p.queries;
 #pragma unroll
@@ -93,11 +73,7 @@ __device__ __forceinline__ void attention_grad_kv(const BackwardParams& params) 
   const int first_key = blockIdx.x % blocks * Config::kOwn, last_key = min(first_key + Config::kOwn, count) - 1;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % Config::kParts;
   const int warp_row = warp / Config::kParts * 16 * Config::kRowBlocks, key = first_key + warp_row + lane / 4;
-  int missing = 0, first_frame = 0;
-  if (!window) {
-    first_frame = int(p.num_frames[sample]) - p.queries / int(p.frame_tokens);
-    missing = max(-first_frame, 0) * int(p.frame_tokens);
-  }
+  const StreamRows stream(p, sample);
 
   const Rows& rk = window ? p.k : p.own_k;
   const Rows& rv = window ? p.v : p.own_v;
@@ -113,7 +89,7 @@ __device__ __forceinline__ void attention_grad_kv(const BackwardParams& params) 
   for (int turn = 0; turn < group * (window ? 2 : 1); ++turn) {
     const bool outside = turn >= group;
     const int head = kv_head * group + turn % group;
-    const SweptQueries queries(p, outside, first_key, last_key, missing);
+    const Sweep queries = swept_queries(p, stream, outside, first_key, last_key);
     if (queries.begin >= queries.end) continue;
     const Rows& q = outside ? params.sink_q : p.q;
     const char* q_rows = row_address(q, sample, 0, head);
@@ -146,8 +122,8 @@ __device__ __forceinline__ void attention_grad_kv(const BackwardParams& params) 
   }
 
   wait_copies<0>();
-  scale_present<Config>(sum_k, p.scale, key, missing);
-  scale_present<Config>(sum_v, 1.0f, key, missing);
+  scale_present<Config>(sum_k, p.scale, key, stream.missing);
+  scale_present<Config>(sum_v, 1.0f, key, stream.missing);
   const FloatTile<Config> result{base};
   const int64_t first = (int64_t(sample) * count + first_key) * p.kv_heads + kv_head;
 #pragma unroll
@@ -157,7 +133,7 @@ __device__ __forceinline__ void attention_grad_kv(const BackwardParams& params) 
     __syncthreads();
     store_rows(result, which == 0 ? params.grad_k : params.grad_v, which == 0 ? params.grad_k_type : params.grad_v_type,
                first, p.kv_heads, last_key + 1 - first_key, p.rope, which == 0 && p.rope.frame_turns != nullptr,
-               first_key, first_frame, int(p.frame_tokens));
+               first_key, stream.first_frame, int(p.frame_tokens));
   }
 }
 

@@ -4,32 +4,16 @@
 
 namespace rfkernels::cuda {
 
-// One contiguous range of keys that a tile of queries sweeps. part 0: the past, or the window; part 1: the open chunk's
-// own keys, or sinks outside the window.
-struct SweptKeys {
+// One contiguous range of keys that a tile of queries sweeps; parts as in swept_keys.
+struct SweptKeys : Sweep {
   const char *k, *v;       // token 0
   int64_t k_step, v_step;  // bytes from token to token
-  int begin, end;
-  int full_begin, full_end;  // between these every row sees every key
 
-  __device__ SweptKeys(const AttentionProblem& p, int sample, int head, int part, int first_row, int last_row) {
+  __device__ SweptKeys(const AttentionProblem& p, int sample, int head, int part, int first_row, int last_row)
+      : Sweep(swept_keys(p, StreamRows(p, sample), part, first_row, last_row)) {
     const bool own = p.use == Use::kChunk && part == 1;
     const Rows& rk = own ? p.own_k : p.k;
     const Rows& rv = own ? p.own_v : p.v;
-    if (p.use == Use::kWindow) {
-      const int offset = p.keys - p.queries;
-      const Range first = visible_keys(p.mask, first_row + offset, part == 1, p.keys);
-      const Range last = visible_keys(p.mask, last_row + offset, part == 1, p.keys);
-      begin = first.begin, end = last.end;
-      full_begin = last.begin, full_end = first.end;
-    } else {
-      const int tokens = int(p.frame_tokens), frames = p.queries / tokens, num_frames = int(p.num_frames[sample]);
-      const int missing = max(frames - num_frames, 0) * tokens;
-      begin = own ? missing : 0;
-      end = own ? p.queries : max(min(num_frames, int(p.capacity)) - frames, 0) * tokens;
-      if (last_row < missing) end = begin;  // nobody here to attend
-      full_begin = begin, full_end = end;
-    }
     const int kv_head = head / (p.heads / p.kv_heads);
     k = row_address(rk, sample, 0, kv_head), v = row_address(rv, sample, 0, kv_head);
     k_step = 2 * rk.token, v_step = 2 * rv.token;
@@ -54,7 +38,7 @@ struct ThreadRows {
 template <class Config>
 __device__ __forceinline__ void grad_q_step(typename Config::Accumulator& sum, const AttentionProblem& p,
                                             const ThreadRows<Config>& rows, const SweptKeys& keys, int part, int row,
-                                            int last_row, int key, int column_part, const OwnAddresses<Config>& own,
+                                            int key, int column_part, const OwnAddresses<Config>& own,
                                             const SweptAddresses<Config>& swept) {
   const float scale2 = p.scale * kLog2E;
   typename Config::Scores w = {}, grad = {};
@@ -65,14 +49,10 @@ __device__ __forceinline__ void grad_q_step(typename Config::Accumulator& sum, c
     for (int n = 0; n < Config::kUnits; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) w[m][n][i] = exp2_fast(__fmaf_rn(w[m][n][i], scale2, -rows.lse2[2 * m + i / 2]));
-  if (key < keys.full_begin || key + Config::kSwept > keys.full_end) {
+  if (keys.hides(key, Config::kSwept)) {
 #pragma unroll
-    for (int r = 0; r < Config::kRows; ++r) {
-      Range seen = {keys.begin, keys.end};
-      if (p.use == Use::kWindow)
-        seen = visible_keys(p.mask, min(row + 8 * r, last_row) + p.keys - p.queries, part == 1, p.keys);
-      hide_unseen<Config>(w, r, seen, key);
-    }
+    for (int r = 0; r < Config::kRows; ++r)
+      hide_unseen<Config>(w, r, keys_of_row(p, part, row + 8 * r, keys.begin, keys.end), key);
   }
   multiply<Config, 1>(grad, own, swept);
 #pragma unroll
@@ -155,7 +135,7 @@ __device__ __forceinline__ void attention_grad_q(const BackwardParams& params) {
       __syncthreads();  // this tile is there; every warp is done with the one before
       if (key + Config::kSwept < keys.end) copy_keys(key + Config::kSwept, stage ^ 1);
       const SweptAddresses<Config> swept(base + Config::kSharedSwept + stage * Config::kStageBytes, lane);
-      grad_q_step<Config>(sum, p, rows, keys, part, row, last_row, key, column_part, own, swept);
+      grad_q_step<Config>(sum, p, rows, keys, part, row, key, column_part, own, swept);
     }
     if (sinks && p.rope.frame_turns != nullptr) {
       __syncthreads();

@@ -181,8 +181,7 @@ __device__ __forceinline__ void consume(const ForwardParams& params, uint32_t sQ
     uint32_t weights[Config::kTileKeys / 16][4];
     float factor[2];
     const auto weigh = [&](int key) {  // whether older sums must be multiplied by factor
-      if (key < keys.full_begin || key > keys.full_end - Config::kTileKeys)
-        hide_unseen<Config>(scores, params, keys.end, part, key);
+      if (keys.hides(key, Config::kTileKeys)) hide_unseen<Config>(scores, params, keys.end, part, key);
       float largest[2];
       rows.find_largest(scores[0], largest);
       const bool raised = rows.softmax.exceeds(largest, scale2);
