@@ -13,9 +13,9 @@ import sys
 
 import torch
 
-from ..arguments import CacheTensors, Past
-from ..geometry import CacheGeometry, WindowMask
-from ..rope import RopeTables
+from ..contract.requests import CacheTensors, Past
+from ..contract.geometry import CacheGeometry, WindowMask
+from ..contract.requests import RopeTables
 
 _HEAD_DIMS = range(32, 257, 16)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -37,7 +37,7 @@ def _installed() -> bool:
         return False
 
 
-def why_not(device: torch.device) -> str | None:
+def unavailable(device: torch.device) -> str | None:
     """Why the kernels do not run on ``device``, or None."""
     if not _installed():
         return "Triton is not installed (pip install triton)"
@@ -56,10 +56,10 @@ def why_not(device: torch.device) -> str | None:
 
 # What torch.compiler.assume_constant_result sets, which imports the compiler: the answer is asked for while a call is
 # traced, and Triton's own settings cannot be.
-why_not._dynamo_marked_constant = True
+unavailable._dynamo_marked_constant = True
 
 
-def refuses(dtype: torch.dtype, head_dim: int | None) -> str | None:
+def unsupported(operation: str, dtype: torch.dtype, head_dim: int | None) -> str | None:
     """Why the kernels do not serve a dtype and head_dim, or None."""
     if dtype not in _DTYPES:
         return f"the Triton kernels serve float16, bfloat16 and float32, got {dtype}"
@@ -113,7 +113,7 @@ def streaming_attention(q, new_k, new_v, cache, num_frames, rope, geometry, scal
 
 def _chunk_keys(k, v, past: Past, rope, geometry: CacheGeometry):
     """Past frames, stacked for as long as the call lasts, and the chunk's own keys as the cache would hold them."""
-    from .. import reference
+    from . import reference
     from ..triton.cache import rotate
     from ..triton.forward import Keys
 

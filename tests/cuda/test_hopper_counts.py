@@ -10,7 +10,7 @@ import rfkernels as rf
 from cuda.conftest import cuda_ptx
 from cuda.launch import INSTANCES, forward
 from cuda.test_forward_counts import KEYS, QUERIES, launch
-from rfkernels.geometry import WindowMask
+from rfkernels.contract.geometry import WindowMask
 
 NAME, HEAD_DIM, TILE_KEYS = f"{INSTANCES['sm90']}/forward_bf16_d128", 128, 128
 
