@@ -1,7 +1,8 @@
-// Tensors to the attention problem that the kernels take, forward and backward.
+// Requests to the attention problem that the kernels take, forward and backward.
 #pragma once
 #include "../../cuda/attention/params.h"
 #include "launch.h"
+#include "requests.h"
 
 namespace rfkernels::cuda {
 
@@ -19,44 +20,44 @@ inline ElementType element_type(DType dtype) {
                                     : ElementType::kFloat32;
 }
 
-inline AttentionProblem attention_problem(const Tensor& q, const Tensor& k, const Tensor& v,
-                                          const OptionalTensor& own_k, const OptionalTensor& own_v,
-                                          const OptionalTensor& num_frames, int64_t frame_tokens, int64_t capacity,
-                                          int64_t sink_tokens, int64_t window_tokens, int64_t chunk_tokens,
-                                          int64_t first_chunk_tokens, bool own_chunk, const OptionalTensor& frame_turns,
-                                          const OptionalTensor& spatial, bool half_split, double scale) {
-  const TensorView vq = view(q, k), vk = view(k, k), vv = view(v, k), vok = view(own_k, k), vov = view(own_v, k);
-  const auto like_k = [&](const TensorView& x, int64_t tokens) {
-    return x.dtype == vk.dtype && x.batch == vk.batch && x.heads == vk.heads && x.head_dim == vk.head_dim &&
+inline void check_keys(const requests::Keys& keys, const TensorView& q, const TensorView& k) {
+  const auto like_k = [&](const OptionalTensor& tensor, int64_t tokens) {
+    const TensorView x = view(tensor, keys.k);
+    return x.dtype == k.dtype && x.batch == k.batch && x.heads == k.heads && x.head_dim == k.head_dim &&
            x.tokens == tokens;
   };
-  check_served(k, vk.head_dim);
-  STD_TORCH_CHECK(vq.dtype != DType::Float64 && vq.batch == vk.batch && vq.head_dim == vk.head_dim && vk.heads > 0 &&
-                      vq.heads % vk.heads == 0 && like_k(vv, vk.tokens),
+  STD_TORCH_CHECK(q.dtype != DType::Float64 && q.batch == k.batch && q.head_dim == k.head_dim && k.heads > 0 &&
+                      q.heads % k.heads == 0 && like_k(keys.v, k.tokens),
                   "q, k and v do not match each other");
-  STD_TORCH_CHECK(own_k.has_value() == own_v.has_value() && (!own_k || num_frames) &&
-                      (!own_k || (like_k(vok, vq.tokens) && like_k(vov, vq.tokens))),
+  const bool own = keys.own_k.has_value();
+  STD_TORCH_CHECK(own == keys.own_v.has_value() && (!own || keys.num_frames) &&
+                      (!own || (like_k(keys.own_k, q.tokens) && like_k(keys.own_v, q.tokens))),
                   "own_k and own_v must be the chunk's own keys and values, and need num_frames");
-  STD_TORCH_CHECK(frame_tokens > 0 && chunk_tokens > 0 && first_chunk_tokens > 0 && vk.tokens < (int64_t(1) << 31) &&
-                      vq.tokens < (int64_t(1) << 31),
+  const int64_t tokens = keys.frame_tokens;
+  STD_TORCH_CHECK(tokens > 0 && keys.mask.chunk_tokens > 0 && keys.mask.first_chunk_tokens > 0 &&
+                      k.tokens < (int64_t(1) << 31) && q.tokens < (int64_t(1) << 31),
                   "impossible sizes");
-
-  AttentionProblem p{};
-  p.use = !num_frames ? Use::kWindow : own_k ? Use::kChunk : Use::kPrefix;
-  STD_TORCH_CHECK(p.use == Use::kWindow
-                      ? vq.tokens <= vk.tokens
-                      : vq.tokens % frame_tokens == 0 && vk.tokens + vok.tokens >= capacity * frame_tokens,
+  STD_TORCH_CHECK(keys.num_frames ? q.tokens % tokens == 0 && k.tokens + (own ? q.tokens : 0) >= keys.capacity * tokens
+                                  : q.tokens <= k.tokens,
                   "queries or keys do not fit the geometry");
-  p.q = rows(vq), p.k = rows(vk), p.v = rows(vv), p.own_k = rows(vok), p.own_v = rows(vov);
-  if (num_frames) p.num_frames = frame_counts(*num_frames, vq.batch, k);
-  if (frame_turns) {
-    check_same_device(*frame_turns, k);
-    const RopeView rope = rope_view(frame_turns, spatial, half_split, frame_tokens, vk.head_dim, DType::Float32);
-    p.rope = {rope.frame_turns, static_cast<const float*>(rope.spatial), int32_t(rope.frame_pairs), half_split};
-  }
-  p.mask = {sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, own_chunk};
-  p.frame_tokens = frame_tokens;
-  p.capacity = capacity;
+}
+
+inline AttentionProblem attention_problem(const Tensor& q, const requests::Keys& keys, const requests::Rope& rope,
+                                          double scale) {
+  const Tensor& k = keys.k;
+  const TensorView vq = view(q, k), vk = view(k, k);
+  check_served(k, vk.head_dim);
+  check_keys(keys, vq, vk);
+  AttentionProblem p{};
+  p.use = !keys.num_frames ? Use::kWindow : keys.own_k ? Use::kChunk : Use::kPrefix;
+  p.q = rows(vq), p.k = rows(vk), p.v = rows(view(keys.v, k));
+  p.own_k = rows(view(keys.own_k, k)), p.own_v = rows(view(keys.own_v, k));
+  if (keys.num_frames) p.num_frames = frame_counts(*keys.num_frames, vq.batch, k);
+  const RopeView turns = rope_view(rope, keys.frame_tokens, vk.head_dim, DType::Float32, k);
+  p.rope = {turns.frame_turns, static_cast<const float*>(turns.spatial), int32_t(turns.frame_pairs), turns.half_split};
+  p.mask = keys.mask;
+  p.frame_tokens = keys.frame_tokens;
+  p.capacity = keys.capacity;
   p.batch = int32_t(vq.batch), p.queries = int32_t(vq.tokens), p.keys = int32_t(vk.tokens);
   p.heads = int32_t(vq.heads), p.kv_heads = int32_t(vk.heads);
   p.q_type = element_type(vq.dtype);

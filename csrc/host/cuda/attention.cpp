@@ -71,17 +71,14 @@ int64_t splits_of(int64_t blocks, int64_t keys, const ForwardTiles& tiles, const
       1, std::min({resident / std::max<int64_t>(1, blocks), keys / (2 * tiles.keys), int64_t(kMaxSplits)}));
 }
 
-std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, OptionalTensor own_k, OptionalTensor own_v,
-                                             OptionalTensor num_frames, int64_t frame_tokens, int64_t capacity,
-                                             int64_t sink_tokens, int64_t window_tokens, int64_t chunk_tokens,
-                                             int64_t first_chunk_tokens, bool own_chunk, OptionalTensor frame_turns,
-                                             OptionalTensor spatial, bool half_split, double scale) {
+std::tuple<Tensor, Tensor> attention_forward(const requests::AttentionForward& request,
+                                             const std::vector<Tensor>& tensors) {
+  const auto& [q, keys, rope, scale] = request;
+  const Tensor& k = keys.k;
   ForwardParams params{};
-  params.problem =
-      attention_problem(q, k, v, own_k, own_v, num_frames, frame_tokens, capacity, sink_tokens, window_tokens,
-                        chunk_tokens, first_chunk_tokens, own_chunk, frame_turns, spatial, half_split, scale);
+  params.problem = attention_problem(q, keys, rope, scale);
   const AttentionProblem& p = params.problem;
-  const TensorView vq = view(q, k), vk = view(k, k), vok = view(own_k, k);
+  const TensorView vq = view(q, k), vk = view(k, k), vok = view(keys.own_k, k);
   const ForwardKernel& kernel = forward_kernel(k, vk.head_dim);
 
   const Tensor out = torch::stable::new_empty(k, q.sizes());
@@ -90,7 +87,7 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, Optio
   params.row_blocks = int32_t(divide_up(vq.tokens, ForwardTiles::kRows));
   const int64_t blocks = params.row_blocks * vq.heads * vq.batch;
   const int64_t longest =
-      p.use == Use::kWindow ? std::min(vk.tokens, sink_tokens + window_tokens) : vk.tokens + vok.tokens;
+      p.use == Use::kWindow ? std::min(vk.tokens, p.mask.sink_tokens + p.mask.window_tokens) : vk.tokens + vok.tokens;
   const int64_t splits = splits_of(blocks, longest, kernel.tiles, k);
   params.splits = int32_t(splits);
   // With splits each writes a result of its own, in float: the only memory beside the outputs.
@@ -101,8 +98,8 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, Optio
       splits == 1 ? lse : torch::stable::new_empty(k, {splits, vq.batch, vq.heads, vq.tokens}, ScalarType::Float);
   params.out = parts.mutable_data_ptr();
   params.lse = part_lse.mutable_data_ptr<float>();
-  launch(kernel.kernel, {blocks, splits}, kernel.tiles.threads(), kernel.tiles.shared_bytes(), params,
-         present({q, k, v, own_k, own_v, num_frames, frame_turns, spatial}), {parts, part_lse});
+  launch(kernel.kernel, {blocks, splits}, kernel.tiles.threads(), kernel.tiles.shared_bytes(), params, tensors,
+         {parts, part_lse});
   if (splits > 1) {
     const MergeParams merge{parts.const_data_ptr<float>(),
                             part_lse.const_data_ptr<float>(),
@@ -121,10 +118,33 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor q, Tensor k, Tensor v, Optio
   return {out, lse};
 }
 
+// Two launches, or three where keys are shared: write, attend, merge. The normaliser comes with the result for nothing.
+std::tuple<Tensor, Tensor> streaming_attention(const requests::StreamingAttention& request,
+                                               const std::vector<Tensor>& tensors) {
+  const auto& [q, into, scale, full, return_lse] = request;
+  STD_TORCH_CHECK(q.dim() == 4 && into.new_k.dim() == 4 && q.size(1) == into.new_k.size(1),
+                  "q must have the tokens of the new k");
+  write(into, tensors);
+  const CacheGeometry& geometry = into.geometry;
+  const requests::Keys keys{into.cache.k,
+                            into.cache.v,
+                            {},
+                            {},
+                            into.num_frames,
+                            geometry.frame_tokens,
+                            geometry.sink_frames + geometry.window_frames,
+                            {0, 1, 1, 1, true}};
+  return attention_forward({q, keys, into.rope, scale}, tensors);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(RF_NAMESPACE, RF_DISPATCH_KEY, m) {
-  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+STABLE_TORCH_LIBRARY_IMPL(RF_NATIVE_NAMESPACE, RF_DISPATCH_KEY, m) {
+  m.impl("streaming_attention", boxed<streaming_attention>);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(RF_CUDA_NAMESPACE, RF_DISPATCH_KEY, m) {
+  m.impl("attention_forward", boxed<attention_forward>);
 }
 
 }  // namespace rfkernels::cuda

@@ -46,45 +46,29 @@ void launch(const Kernel& kernel, const Launch& plan, const auto& params, const 
   launch(kernel, {plan.blocks}, plan.threads, plan.shared_bytes, params, tensors, results);
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(
-    Tensor grad_out, Tensor grad_lse, Tensor out, Tensor lse, Tensor q, Tensor sink_q, Tensor k, Tensor v,
-    OptionalTensor own_k, OptionalTensor own_v, OptionalTensor num_frames, int64_t frame_tokens, int64_t capacity,
-    int64_t sink_tokens, int64_t window_tokens, int64_t chunk_tokens, int64_t first_chunk_tokens, bool own_chunk,
-    OptionalTensor frame_turns, OptionalTensor spatial, bool half_split, double scale, ScalarType q_type,
-    ScalarType k_type, ScalarType v_type) {
-  BackwardParams params{};
-  params.problem =
-      attention_problem(q, k, v, own_k, own_v, num_frames, frame_tokens, capacity, sink_tokens, window_tokens,
-                        chunk_tokens, first_chunk_tokens, own_chunk, frame_turns, spatial, half_split, scale);
-  const AttentionProblem& p = params.problem;
-  const TensorView vq = view(q, k), vk = view(k, k);
+void check_gradients(const requests::AttentionBackward& from, const TensorView& q, const TensorView& k) {
+  const auto& [grad_out, grad_lse, out, lse] = from.cotangents;
   const auto like_q = [&](const Tensor& tensor) {
-    const TensorView x = view(tensor, k);
-    return x.dtype == vk.dtype && x.batch == vq.batch && x.tokens == vq.tokens && x.heads == vq.heads &&
-           x.head_dim == vq.head_dim;
+    const TensorView x = view(tensor, from.keys.k);
+    return x.dtype == k.dtype && x.batch == q.batch && x.tokens == q.tokens && x.heads == q.heads &&
+           x.head_dim == q.head_dim;
   };
   const auto normalisers = [&](const Tensor& x) {
-    return x.scalar_type() == ScalarType::Float && x.dim() == 3 && x.size(0) == vq.batch && x.size(1) == vq.heads &&
-           x.size(2) == vq.tokens;
+    check_same_device(x, from.keys.k);
+    return x.scalar_type() == ScalarType::Float && x.dim() == 3 && x.size(0) == q.batch && x.size(1) == q.heads &&
+           x.size(2) == q.tokens;
   };
-  STD_TORCH_CHECK(p.use != Use::kPrefix, "a cache's prefix has no gradients: give own_k and own_v");
-  STD_TORCH_CHECK(is_half(vk.dtype) && like_q(q) && like_q(sink_q) && like_q(grad_out) && like_q(out),
+  STD_TORCH_CHECK(!from.keys.num_frames || from.keys.own_k, "a cache's prefix has no gradients: give own_k and own_v");
+  STD_TORCH_CHECK(is_half(k.dtype) && like_q(from.q) && like_q(from.sink_q) && like_q(grad_out) && like_q(out),
                   "q, sink_q, out and grad_out must have one shape and the half type of v");
-  check_same_device(lse, k), check_same_device(grad_lse, k);
   STD_TORCH_CHECK(normalisers(lse) && lse.is_contiguous() && normalisers(grad_lse),
                   "lse and grad_lse must be float32 [batch, heads, queries]");
-  const BackwardKernels& kernels = backward_kernels(vk.dtype, vk.head_dim);
+}
 
-  const Tensor& keys = own_k ? *own_k : k;
-  if (lse.numel() == 0 || keys.numel() == 0)
-    return {torch::stable::new_zeros(q, q.sizes(), q_type), torch::stable::new_zeros(k, keys.sizes(), k_type),
-            torch::stable::new_zeros(k, keys.sizes(), v_type)};
-  const Tensor grad_q = torch::stable::new_empty(q, q.sizes(), q_type);
-  const Tensor grad_k = torch::stable::new_empty(k, keys.sizes(), k_type);
-  const Tensor grad_v = torch::stable::new_empty(k, keys.sizes(), v_type);
-  // Two numbers a query row, between the first launch and the others: the only memory beside the outputs.
-  const Tensor row_terms = torch::stable::new_empty(lse, {vq.batch, vq.heads, vq.tokens, 2});
-
+// Two numbers a query row, for the kernels that follow: the only memory beside the outputs.
+Tensor make_row_terms(const requests::Cotangents& from, const TensorView& q, const Tensor& k) {
+  const auto& [grad_out, grad_lse, out, lse] = from;
+  const Tensor row_terms = torch::stable::new_empty(lse, {q.batch, q.heads, q.tokens, 2});
   const DeltaParams delta{rows(view(out, k)),
                           rows(view(grad_out, k)),
                           lse.const_data_ptr<float>(),
@@ -93,20 +77,40 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
                           grad_lse.stride(1),
                           grad_lse.stride(2),
                           row_terms.mutable_data_ptr<float>(),
-                          p.batch,
-                          p.queries,
-                          p.heads,
-                          int32_t(vk.head_dim)};
-  launch(vk.dtype == DType::Float16 ? RF_KERNEL(rf_attention_delta_fp16) : RF_KERNEL(rf_attention_delta_bf16),
+                          int32_t(q.batch),
+                          int32_t(q.tokens),
+                          int32_t(q.heads),
+                          int32_t(q.head_dim)};
+  launch(dtype_of(k) == DType::Float16 ? RF_KERNEL(rf_attention_delta_fp16) : RF_KERNEL(rf_attention_delta_bf16),
          delta_launch(delta), delta, {out, grad_out, lse, grad_lse}, {row_terms});
+  return row_terms;
+}
 
-  params.sink_q = rows(view(sink_q, k)), params.grad_out = rows(view(grad_out, k));
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const requests::AttentionBackward& request,
+                                                      const std::vector<Tensor>& given) {
+  const auto& [cotangents, q, sink_q, keys, rope, scale, q_type, k_type, v_type] = request;
+  const Tensor &k = keys.k, &own = keys.own_k ? *keys.own_k : keys.k;
+  BackwardParams params{};
+  params.problem = attention_problem(q, keys, rope, scale);
+  const AttentionProblem& p = params.problem;
+  const TensorView vq = view(q, k), vk = view(k, k);
+  check_gradients(request, vq, vk);
+  const BackwardKernels& kernels = backward_kernels(vk.dtype, vk.head_dim);
+
+  if (vq.batch * vq.heads * vq.tokens == 0 || own.numel() == 0)
+    return {torch::stable::new_zeros(q, q.sizes(), q_type), torch::stable::new_zeros(k, own.sizes(), k_type),
+            torch::stable::new_zeros(k, own.sizes(), v_type)};
+  const Tensor grad_q = torch::stable::new_empty(q, q.sizes(), q_type);
+  const Tensor grad_k = torch::stable::new_empty(k, own.sizes(), k_type);
+  const Tensor grad_v = torch::stable::new_empty(k, own.sizes(), v_type);
+  const Tensor row_terms = make_row_terms(cotangents, vq, k);
+  params.sink_q = rows(view(sink_q, k)), params.grad_out = rows(view(cotangents.grad_out, k));
   params.row_terms = row_terms.const_data_ptr<float>();
   params.grad_q = grad_q.mutable_data_ptr(), params.grad_q_type = element_type(dtype_of(grad_q));
   params.grad_k = grad_k.mutable_data_ptr(), params.grad_k_type = element_type(dtype_of(grad_k));
   params.grad_v = grad_v.mutable_data_ptr(), params.grad_v_type = element_type(dtype_of(grad_v));
-  const std::vector<Tensor> tensors =
-      present({q, sink_q, k, v, own_k, own_v, num_frames, frame_turns, spatial, grad_out, row_terms});
+  std::vector<Tensor> tensors = given;
+  tensors.push_back(row_terms);
   launch(kernels.grad_q, grad_q_launch(p, int(vk.head_dim)), params, tensors, {grad_q});
   launch(kernels.grad_kv, grad_kv_launch(p, int(vk.head_dim)), params, tensors, {grad_k, grad_v});
   return {grad_q, grad_k, grad_v};
@@ -114,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(RF_NAMESPACE, RF_DISPATCH_KEY, m) {
-  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+STABLE_TORCH_LIBRARY_IMPL(RF_CUDA_NAMESPACE, RF_DISPATCH_KEY, m) {
+  m.impl("attention_backward", boxed<attention_backward>);
 }
 
 }  // namespace rfkernels::cuda

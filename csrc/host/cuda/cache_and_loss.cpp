@@ -14,44 +14,37 @@ RF_DECLARE_KERNEL(rf_redmd_grad)
 RF_DECLARE_KERNEL(rf_redmd_sum)
 
 namespace rfkernels::cuda {
-namespace {
 
-void begin_chunk(Tensor k, Tensor v, OptionalTensor sink_k, OptionalTensor sink_v, Tensor num_frames,
-                 int64_t new_frames, OptionalTensor advancing, OptionalTensor decay, OptionalTensor frame_turns,
-                 OptionalTensor spatial, bool half_split, int64_t sink_frames, int64_t window_frames,
-                 int64_t frame_tokens, bool before_window) {
-  const BeginChunk args =
-      begin_chunk_arguments(k, v, sink_k, sink_v, num_frames, new_frames, advancing, decay, frame_turns, spatial,
-                            half_split, sink_frames, window_frames, frame_tokens, before_window);
-  const TensorView& x = args.cache.k;
-  check_served(k, x.head_dim);
-  launch(RF_KERNEL(rf_begin_chunk),
-         {token_blocks(frame_tokens, x.head_dim) * sink_frames * x.heads * x.batch * x.layers}, kThreads, 0, args,
-         present({k, v, sink_k, sink_v, num_frames, advancing, decay, frame_turns, spatial}));
-}
-
-void write(Tensor k, Tensor v, OptionalTensor sink_k, OptionalTensor sink_v, Tensor num_frames, Tensor new_k,
-           Tensor new_v, OptionalTensor frame_turns, OptionalTensor spatial, bool half_split, int64_t sink_frames,
-           int64_t window_frames, int64_t frame_tokens) {
-  const Write args = write_arguments(k, v, sink_k, sink_v, num_frames, new_k, new_v, frame_turns, spatial, half_split,
-                                     sink_frames, window_frames, frame_tokens);
+void write(const requests::Write& request, const std::vector<Tensor>& tensors) {
+  const Write args = arguments_of(request);
   const TensorView& x = args.new_k;
-  check_served(k, x.head_dim);
+  const int64_t frame_tokens = args.cache.geometry.frame_tokens;
+  check_served(request.cache.k, x.head_dim);
   launch(RF_KERNEL(rf_write),
          {token_blocks(frame_tokens, x.head_dim) * head_groups(x.heads) * (x.tokens / frame_tokens) * x.batch},
-         kThreads, 0, args, present({k, v, sink_k, sink_v, num_frames, new_k, new_v, frame_turns, spatial}));
+         kThreads, 0, args, tensors);
 }
 
-Tensor rotate(Tensor x, Tensor frames, int64_t first_token, int64_t frame_tokens, Tensor frame_turns, Tensor spatial,
-              bool half_split, bool inverse, ScalarType dtype) {
-  const Tensor out = torch::stable::new_empty(x, x.sizes(), dtype);
-  const Rotate args =
-      rotate_arguments(out, x, frames, first_token, frame_tokens, frame_turns, spatial, half_split, inverse);
+namespace {
+
+void begin_chunk(const requests::BeginChunk& request, const std::vector<Tensor>& tensors) {
+  const BeginChunk args = arguments_of(request);
+  const TensorView& x = args.cache.k;
+  const CacheGeometry& geometry = args.cache.geometry;
+  check_served(request.cache.k, x.head_dim);
+  launch(RF_KERNEL(rf_begin_chunk),
+         {token_blocks(geometry.frame_tokens, x.head_dim) * geometry.sink_frames * x.heads * x.batch * x.layers},
+         kThreads, 0, args, tensors);
+}
+
+Tensor rotate(const requests::Rotate& request, const std::vector<Tensor>& tensors) {
+  const Tensor out = torch::stable::new_empty(request.x, request.x.sizes(), request.dtype);
+  const Rotate args = arguments_of(request, out);
   check_served(out, args.x.head_dim);
   STD_TORCH_CHECK(args.precision == DType::Float32, "spatial must be float32");
   launch(RF_KERNEL(rf_rotate),
          {token_blocks(args.x.tokens, args.x.head_dim) * head_groups(args.x.heads) * args.x.batch}, kThreads, 0, args,
-         {x, frames, frame_turns, spatial}, {out});
+         tensors, {out});
   return out;
 }
 
@@ -64,12 +57,11 @@ bool aligned(const ReDMD& args) {
 }
 
 // Beside the outputs a few KB for the sums of the blocks: between two passes they must be somewhere.
-std::tuple<Tensor, Tensor> redmd_loss(Tensor x, Tensor fake, Tensor real_cond, OptionalTensor real_uncond,
-                                      OptionalTensor fake_uncond, Tensor weight, OptionalTensor mask,
-                                      double guidance_scale, double fake_guidance_scale, bool need_grad) {
+std::tuple<Tensor, Tensor> redmd_loss(const requests::ReDMD& request, const std::vector<Tensor>& given) {
+  const auto& [x, fake, real_cond, real_uncond, fake_uncond, weight, mask, guidance, fake_guidance, need_grad] =
+      request;
   ReDMD args{};
-  args.loss =
-      redmd_arguments(x, fake, real_cond, real_uncond, fake_uncond, weight, mask, guidance_scale, fake_guidance_scale);
+  args.loss = arguments_of(request);
   check_served(x, kColumns);
   const int64_t batch = args.loss.batch, elements = args.loss.elements;
   Tensor grad = need_grad ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
@@ -86,23 +78,22 @@ std::tuple<Tensor, Tensor> redmd_loss(Tensor x, Tensor fake, Tensor real_cond, O
   args.loss.grad = need_grad ? static_cast<char*>(grad.mutable_data_ptr()) : nullptr;
   args.loss.loss = loss.mutable_data_ptr();
   args.aligned = aligned(args);
-  launch(RF_KERNEL(rf_redmd_norm), {batch * args.parts}, kLossThreads, 0, args,
-         present({x, real_cond, real_uncond, mask}), {norms, counts});
-  std::vector<Tensor> results{squares};
+  launch(RF_KERNEL(rf_redmd_norm), {batch * args.parts}, kLossThreads, 0, args, given, {norms, counts});
+  std::vector<Tensor> read = given, results{squares};
+  read.insert(read.end(), {norms, counts});
   if (need_grad) results.push_back(grad);
-  launch(RF_KERNEL(rf_redmd_grad), {batch * args.parts}, kLossThreads, 0, args,
-         present({fake, real_cond, real_uncond, fake_uncond, weight, mask, norms, counts}), results);
+  launch(RF_KERNEL(rf_redmd_grad), {batch * args.parts}, kLossThreads, 0, args, read, results);
   launch(RF_KERNEL(rf_redmd_sum), {1}, kLossThreads, 0, args, {squares}, {loss});
   return {loss, grad};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(RF_NAMESPACE, RF_DISPATCH_KEY, m) {
-  m.impl("begin_chunk", TORCH_BOX(&begin_chunk));
-  m.impl("write", TORCH_BOX(&write));
-  m.impl("rotate", TORCH_BOX(&rotate));
-  m.impl("redmd_loss", TORCH_BOX(&redmd_loss));
+STABLE_TORCH_LIBRARY_IMPL(RF_NATIVE_NAMESPACE, RF_DISPATCH_KEY, m) {
+  m.impl("begin_chunk", boxed<begin_chunk>);
+  m.impl("write", boxed<write>);
+  m.impl("rotate", boxed<rotate>);
+  m.impl("redmd_loss", boxed<redmd_loss>);
 }
 
 }  // namespace rfkernels::cuda

@@ -4,20 +4,13 @@
 #include "../arguments.h"
 #include "runtime.h"
 
-#ifndef RF_NAMESPACE  // the tests register the same operators once more, for the CPU
-#define RF_NAMESPACE rfkernels_native
+#ifndef RF_DISPATCH_KEY  // the tests register the same operators once more, for the CPU
+#define RF_NATIVE_NAMESPACE rfkernels_native
+#define RF_CUDA_NAMESPACE rfkernels_cuda
 #define RF_DISPATCH_KEY CUDA
 #endif
 
 namespace rfkernels::cuda {
-
-// The tensors that are there.
-inline std::vector<Tensor> present(std::initializer_list<OptionalTensor> tensors) {
-  std::vector<Tensor> found;
-  for (const OptionalTensor& x : tensors)
-    if (x) found.push_back(*x);
-  return found;
-}
 
 inline void check_served(const Tensor& x, int64_t head_dim) {
   STD_TORCH_CHECK(on_device(x), "the CUDA kernels were given a tensor of another device");
@@ -26,5 +19,8 @@ inline void check_served(const Tensor& x, int64_t head_dim) {
                   "the CUDA kernels serve a head_dim that is a multiple of ", kColumns, " up to ", kMaxHeadDim,
                   ", got ", head_dim);
 }
+
+// One launch; cache_and_loss.cpp. tensors: those of the request.
+void write(const requests::Write& request, const std::vector<Tensor>& tensors);
 
 }  // namespace rfkernels::cuda
