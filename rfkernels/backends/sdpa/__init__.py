@@ -92,7 +92,7 @@ def redmd_loss(request: ReDMD) -> tuple[torch.Tensor, torch.Tensor]:
     if not native.serves(request.x):
         return reference.redmd_loss(request)
     contiguous = (x.contiguous() if isinstance(x, torch.Tensor) else x for x in request)
-    return _native.redmd_loss(*_flat_loss(ReDMD(*contiguous)))
+    return _native.redmd_loss(*_flat_loss(ReDMD._make(contiguous)))
 
 
 # --- the open chunk ---------------------------------------------------------------------------------------------------
@@ -178,8 +178,8 @@ def _chunk_parts(k: torch.Tensor, v: torch.Tensor, past: Past, geometry: CacheGe
             rows = slice(group.missing_tokens, None)
             count = max(0, group.valid_frames - frames) * geometry.frame_tokens
             at = group.samples
-            joined = (torch.cat([x[at, rows], old[at, :count]], 1) for x, old in ((k, past.k), (v, past.v)))
-            yield _ChunkPart(at, rows, *joined, None)
+            joined_k, joined_v = (torch.cat([x[at, rows], old[at, :count]], 1) for x, old in ((k, past.k), (v, past.v)))
+            yield _ChunkPart(at, rows, joined_k, joined_v, None)
         return
     visible = None
     if not past.full:
