@@ -97,7 +97,7 @@ def phases(preset: str, device: torch.device, timer: Timer, rounds: int = 7) -> 
     attended = mock.patch.object(wan, "streaming_attention", marks.wrap(wan.streaming_attention, "attention"))
     crossed = mock.patch.object(wan.F, "scaled_dot_product_attention", marks.wrap(sdpa, "cross-attention"))
     found: dict[str, list[float]] = defaultdict(list)
-    shape = (1, sampler.chunk_frames * cache.geometry.frame_tokens, cache.num_kv_heads, cache.head_dim)
+    shape = (1, sampler.chunk_frames * cache.frame_tokens, cache.num_kv_heads, cache.head_dim)
     k, v = (torch.randn(shape, device=device, dtype=cache.dtype) for _ in range(2))
     with torch.no_grad(), attended, crossed, no_collections():
         kv = model.encode_context(text)
@@ -186,7 +186,7 @@ def end_to_end(preset: str, device: torch.device, timer: Timer, chunks: int = 20
         marks.spans.clear()
         return row | {DECODE: timer.between(made, end), "total": timer.between(start, end)}
 
-    fill = -(-sampler.cache.geometry.capacity // sampler.chunk_frames) + 1
+    fill = -(-sampler.cache._geometry.capacity // sampler.chunk_frames) + 1
     with torch.no_grad():
         warm_up = [one(prompt() if i == 0 else None)["total"] for i in range(fill)]
         sampler.reset()

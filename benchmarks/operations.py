@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 import rfkernels as rf
-from rfkernels.geometry import WindowMask
+from rfkernels.contract.geometry import WindowMask
 from rfkernels.losses import redmd_loss
 
 from . import competitors, usual

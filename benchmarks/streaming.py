@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 import rfkernels as rf
-from rfkernels import reference
+from rfkernels.backends import reference
 
 from . import competitors, usual
 from .cases import Stream, Work
@@ -127,7 +127,7 @@ def write(case: Stream, options: Options) -> Bench:
     first = len(s.history) * case.frames
 
     def written(cache) -> Results:
-        slots = [cache.geometry.slot(first + i) for i in range(case.frames)]
+        slots = [cache._geometry.slot(first + i) for i in range(case.frames)]
         return {
             name: x.unflatten(1, (-1, case.frame_tokens))[:, slots].flatten(1, 2)
             for name, x in (("k", cache[0].k), ("v", cache[0].v))

@@ -1,11 +1,20 @@
 """Fused kernels for streaming video diffusion: sliding-window attention with EMA-fused sinks, as torch ops."""
 
-from . import losses, models, ops, training
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from .attention import chunk_attention, merge_attention, sink_window_attention, streaming_attention
 from .backends import available_backends, explain_backends, use_backend
 from .cache import CacheLayer, EMASinkCache
 from .contexts import Context
+from .contract import ops
 from .rope import Rope3D
+
+if TYPE_CHECKING:
+    from . import losses, models, training
 
 __version__ = "0.1.0"
 
@@ -26,3 +35,15 @@ __all__ = [
     "training",
     "use_backend",
 ]
+
+_LAZY = ("losses", "models", "training")  # imported at first use: the ops need none of what these need
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LAZY:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -7,9 +7,11 @@ import torch
 from . import backends, checks
 from .cache import CacheLayer
 from .contexts import Context
-from .rope import NO_ROPE, Rope3D
+from .contract import ops
+from .contract.geometry import WindowMask
+from .contract.requests import ChunkAttention, Past, StreamingAttention, WindowAttention
+from .rope import Rope3D
 
-_ops = torch.ops.rfkernels
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
@@ -20,6 +22,7 @@ def streaming_attention(
     layer: CacheLayer,
     scale: float | None = None,
     return_lse: bool = False,
+    backend: str | None = None,
 ) -> Result:
     """One pass over the open chunk: writes its K and V into the cache and attends to all valid sink and window frames.
 
@@ -31,6 +34,7 @@ def streaming_attention(
         k, v: ``[B, F * T, H_kv, D]``, un-rotated; any floating dtypes, cast to the cache's.
         layer: ``cache[i]``.
         scale: of the scores, default ``D ** -0.5``.
+        backend: for this call; default as in `use_backend`.
 
     Returns:
         out like q in v's dtype; with return_lse also the natural-log normaliser, float32 (float64) ``[B, H_q, F * T]``.
@@ -42,17 +46,16 @@ def streaming_attention(
     Source: "Reward Forcing" (arXiv 2512.04678), EMA-Sink; positions relative to the visible frames.
     """
     cache = layer.cache
-    cache.check_chunk(q=q, k=k, v=v)
+    cache._check_chunk(q=q, k=k, v=v)
     scale = checks.scale(scale, cache.head_dim)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        result = chunk_attention(q, k, v, layer.context(), scale, return_lse)
-        layer.write(k, v)
+        result = chunk_attention(q, k, v, layer.context(), scale, return_lse, backend)
+        layer.write(k, v, backend)
         return result
-    full = cache.full if cache.device.type != "cpu" else False  # a CPU backend reads the lengths
-    out, lse = _ops.streaming_attention(
-        q, k, v, *layer.tensors, cache.num_frames, *cache.rope_arguments, *cache.geometry, scale, full, return_lse,
-        backends.resolve(cache.device, cache.dtype, cache.head_dim),
-    )  # fmt: skip
+    choice = backends.choose("streaming_attention", cache.device, cache.dtype, cache.head_dim, backend)
+    full = choice.reads_full and cache.full  # not asked for otherwise: a compiled caller would depend on it
+    request = StreamingAttention(q, layer._write_request(k, v), scale, full, return_lse)
+    out, lse = ops.streaming_attention(request, choice.backend)
     out = out.to(v.dtype)
     return (out, lse) if return_lse else out
 
@@ -64,6 +67,7 @@ def chunk_attention(
     context: Context,
     scale: float | None = None,
     return_lse: bool = False,
+    backend: str | None = None,
 ) -> Result:
     """`streaming_attention` as a pure function of the chunk and its frozen past: nothing is written.
 
@@ -72,21 +76,15 @@ def chunk_attention(
     ``context`` is ``cache[i].context()``.
     """
     past, geometry = context.past, context.geometry
-    checks.chunk(
-        context.frames,
-        geometry,
-        past.num_frames.shape[0],
-        context.kv_heads,
-        context.head_dim,
-        context.device,
-        {"q": q, "k": k, "v": v},
-    )
+    sizes = (context.batch_size, context.frames * geometry.frame_tokens, context.num_kv_heads, context.head_dim)
+    checks.chunk(sizes, context.device, {"q": q, "k": k, "v": v})
     scale = checks.scale(scale, context.head_dim)
-    tables = context.rope or NO_ROPE
-    out, lse = _ops.chunk_attention(
-        q, k, v, past.k, past.v, past.num_frames, past.full, past.dtype, *tables, *geometry, scale,
-        backends.resolve(context.device, past.dtype, context.head_dim),
-    )  # fmt: skip
+    kind = (context.device, context.dtype, context.head_dim, backend)
+    choice = backends.choose("chunk_attention", *kind)
+    backward = backends.choose("chunk_attention_backward", *kind)
+    full = (choice.reads_full or backward.reads_full) and past.full
+    request = ChunkAttention(q, k, v, Past(past.k, past.v, past.num_frames, full), context.rope, geometry, scale)
+    out, lse = ops.chunk_attention(request, choice.backend, backward.backend)
     out = out.to(v.dtype)
     return (out, lse) if return_lse else out
 
@@ -104,6 +102,7 @@ def sink_window_attention(
     rope: Rope3D | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    backend: str | None = None,
 ) -> Result:
     """Attention of whole sequences (training, prefill, language models) to sinks and a sliding window.
 
@@ -121,6 +120,7 @@ def sink_window_attention(
         rope: None uses q and k as given. With a `Rope3D` they are un-rotated, sinks sit right before each query's
             window, and the token counts must be whole frames: the same as streaming with alpha = 1.
         scale: of the scores, default ``D ** -0.5``.
+        backend: for this call; default as in `use_backend`.
 
     Returns:
         out like q in v's dtype; with return_lse also the natural-log normaliser, float32 (float64) ``[B, H_q, N_q]``.
@@ -144,22 +144,18 @@ def sink_window_attention(
         "first_chunk_tokens": checks.integer("first_chunk_tokens", first_chunk_tokens, 1),
     }
     checks.rope(rope, head_dim)
-    tables = NO_ROPE
+    tables = None
     if rope is not None:
         for name, count in counts.items():
             if count % (rope.frame_tokens or 1):
                 raise ValueError(f"{name} must be whole frames of {rope.frame_tokens} tokens with a rope, got {count}")
         tables = rope.tables(q.device, v.dtype)
-    out, lse = _ops.sink_window_attention(
-        q,
-        k,
-        v,
-        *counts.values(),
-        bool(own_chunk),
-        *tables,
-        checks.scale(scale, head_dim),
-        backends.resolve(q.device, v.dtype, head_dim),
-    )
+    kind = (q.device, v.dtype, head_dim, backend)
+    choice = backends.choose("sink_window_attention", *kind)
+    backward = backends.choose("sink_window_attention_backward", *kind)
+    mask = WindowMask(**counts, own_chunk=bool(own_chunk))
+    request = WindowAttention(q, k, v, mask, tables, checks.scale(scale, head_dim))
+    out, lse = ops.sink_window_attention(request, choice.backend, backward.backend)
     return (out, lse) if return_lse else out
 
 
@@ -184,4 +180,4 @@ def merge_attention(
     for name, lse in (("lse1", lse1), ("lse2", lse2)):
         checks.tensor(name, lse, 3, out1.device)
         checks.shape(name, lse, batch=batch, heads=heads, tokens=tokens)
-    return _ops.merge_attention(out1, lse1, out2, lse2)
+    return torch.ops.rfkernels.merge_attention(out1, lse1, out2, lse2)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from . import backends, checks
-from .arguments import CacheTensors, accumulate_dtype
-from .contexts import Context, Contexts
-from .geometry import CacheGeometry
-from .rope import NO_ROPE, Rope3D, RopeTables
-
-_ops = torch.ops.rfkernels
+from .contexts import Context, freeze
+from .contract import ops
+from .contract.geometry import CacheGeometry
+from .contract.requests import BeginChunk, CacheTensors, RopeTables, Write, accumulate_dtype
+from .rope import Rope3D
 
 
 class CacheLayer:
@@ -20,39 +20,36 @@ class CacheLayer:
 
     def __init__(self, cache: EMASinkCache, index: int):
         self.cache, self.index = cache, index
-        self.k, self.v = cache.k[index], cache.v[index]
-        own = cache.accumulators
-        self.tensors = CacheTensors(
-            self.k,
-            self.v,
-            None if own.sink_k is None else own.sink_k[index],
-            None if own.sink_v is None else own.sink_v[index],
-        )
+        self._tensors = CacheTensors(*(None if x is None else x[index] for x in cache._tensors))
 
-    def write(self, k: torch.Tensor, v: torch.Tensor) -> None:
+    @property
+    def k(self) -> torch.Tensor:
+        return self._tensors.k
+
+    @property
+    def v(self) -> torch.Tensor:
+        return self._tensors.v
+
+    def write(self, k: torch.Tensor, v: torch.Tensor, backend: str | None = None) -> None:
         """Writes this layer's K and V of the open chunk, replacing what an earlier pass wrote; no gradient.
 
         Args:
             k, v: ``[B, F * T, H_kv, D]``, un-rotated, any floating dtype (rounded to the cache's, once, after the
                 rotation; float16 saturates).
+            backend: for this call; default as in `use_backend`.
 
         Raises:
             ValueError: no chunk is open, or a shape or device that does not fit; TypeError: not floating.
         """
         cache = self.cache
-        cache.check_chunk(k=k, v=v)
-        t, rope = self.tensors, cache.rope_arguments
-        backend = backends.resolve(cache.device, cache.dtype, cache.head_dim)
+        cache._check_chunk(k=k, v=v)
+        choice = backends.choose("write", cache.device, cache.dtype, cache.head_dim, backend)
         with torch.no_grad():
-            _ops.write(
-                *t,
-                cache.num_frames,
-                k.detach(),
-                v.detach(),
-                *rope,
-                *cache.geometry,
-                backend,
-            )
+            ops.write(self._write_request(k.detach(), v.detach()), choice.backend)
+
+    def _write_request(self, k: torch.Tensor, v: torch.Tensor) -> Write:
+        cache = self.cache
+        return Write(self._tensors, cache.num_frames, k, v, cache._rope_tables, cache._geometry)
 
     def context(self) -> Context:
         """The past of the open chunk, frozen, for `chunk_attention`; the same object until the next `begin_chunk`.
@@ -60,8 +57,7 @@ class CacheLayer:
         Raises:
             ValueError: no chunk is open.
         """
-        self.cache.require_chunk()
-        return self.cache.contexts.of(self.index)
+        return self.cache._context(self.index)
 
 
 class EMASinkCache:
@@ -87,15 +83,15 @@ class EMASinkCache:
         sink_dtype: None keeps float32 accumulators (float64 for float64 caches). A half ``dtype`` given here too
             reproduces the published arithmetic: averaged in half precision, each product and the sum rounded. With
             bfloat16 and alpha = 0.999 the sink then hardly moves at all.
-        fuse: ``"slot"``, frame g into slot ``g mod S``.
         device: default torch's.
 
-    Attributes:
+    Attributes (the arguments too can be read under their names):
         k, v: ``[L, B, (S + W) * T, H_kv, D]``, slots ``[sinks | ring]``, keys rotated. Addresses never change.
         sink_k, sink_v: ``[L, B, S * T, H_kv, D]``, the sink with un-rotated keys (views of k, v where these are the
             accumulators). sink_k is None for a static sink at absolute positions, which needs none.
         num_frames: int64 ``[B]`` on the device: frames so far, the open ones included.
-        open_frames: F of the open chunk, 0 before the first. full: every stream has filled its window (both host).
+        open_frames: F of the open chunk, 0 before the first. full: every stream has filled its window. ages: frames so
+            far of every stream, ``num_frames`` as the host knows it. nbytes: memory of all tensors.
 
     Raises:
         ValueError, TypeError: an argument out of range, or a rope that does not fit head_dim or frame_tokens.
@@ -116,67 +112,62 @@ class EMASinkCache:
         sink_positions: str = "before_window",
         dtype: torch.dtype = torch.bfloat16,
         sink_dtype: torch.dtype | None = None,
-        fuse: str = "slot",
         device: torch.device | str | None = None,
     ):
         self.num_layers = checks.integer("num_layers", num_layers, 1)
         self.batch_size = checks.integer("batch_size", batch_size, 1)
         self.num_kv_heads = checks.integer("num_kv_heads", num_kv_heads, 1)
         self.head_dim = checks.integer("head_dim", head_dim, 1)
-        self.geometry = CacheGeometry(
-            checks.integer("sink_frames", sink_frames, 0),
-            checks.integer("window_frames", window_frames, 1),
-            checks.integer("frame_tokens", frame_tokens, 1),
-        )
+        self.frame_tokens = checks.integer("frame_tokens", frame_tokens, 1)
+        self.sink_frames = checks.integer("sink_frames", sink_frames, 0)
+        self.window_frames = checks.integer("window_frames", window_frames, 1)
         if dtype not in checks.FLOATING:
             raise TypeError(f"dtype must be one of {checks.FLOATING}, got {dtype}")
         if sink_positions not in ("before_window", "absolute"):
             raise ValueError(f'sink_positions must be "before_window" or "absolute", got {sink_positions!r}')
-        if fuse != "slot":
-            raise ValueError(f'fuse must be "slot", got {fuse!r}')
-        checks.rope(rope, self.head_dim, self.geometry.frame_tokens)
-        self.alpha = checks.alphas(alpha, self.num_kv_heads)
-        self.rope, self.sink_positions, self.dtype, self.fuse = rope, sink_positions, dtype, fuse
+        checks.rope(rope, self.head_dim, self.frame_tokens)
+        self.alpha, self._alphas = alpha, checks.alphas(alpha, self.num_kv_heads)
+        self.rope, self.sink_positions, self.dtype = rope, sink_positions, dtype
         self.sink_dtype = checks.accumulator(dtype, sink_dtype)
         self.device = torch.empty(0, device=device).device  # "cuda" -> "cuda:0"
+        self._geometry = CacheGeometry(self.sink_frames, self.window_frames, self.frame_tokens)
         self._allocate()
         self._layers = [CacheLayer(self, index) for index in range(self.num_layers)]
-        self.ages = [0] * self.batch_size  # num_frames, as the host knows it
+        self._set_ages([0] * self.batch_size)
         self.open_frames = 0
-        self.full = False
-        self.contexts = Contexts(self)
+        self._forget_contexts()
 
     def _allocate(self) -> None:
-        static = all(alpha == 1.0 for alpha in self.alpha)
-        tokens = self.geometry.frame_tokens
+        static = all(alpha == 1.0 for alpha in self._alphas)
+        tokens = self.frame_tokens
 
         def zeros(frames: int, dtype: torch.dtype) -> torch.Tensor:
             # In memory head by head, so that a head's valid keys are one contiguous run: up to 12 % faster attention.
             size = (self.num_layers, self.batch_size, self.num_kv_heads, frames * tokens, self.head_dim)
             return torch.zeros(size, dtype=dtype, device=self.device).transpose(2, 3)
 
-        self.k, self.v = (zeros(self.geometry.capacity, self.dtype) for _ in range(2))
+        self.k, self.v = (zeros(self._geometry.capacity, self.dtype) for _ in range(2))
         # Values need an accumulator only in another precision; keys also where the cache holds them rotated. A static
         # sink is never averaged: un-rotated keys serve to move it along with the window, in the cache's precision.
         own_dtype = self.dtype if static else self.sink_dtype
-        has_sink = self.geometry.sink_frames > 0
+        has_sink = self.sink_frames > 0
         own_v = has_sink and own_dtype != self.dtype
         own_k = own_v or (has_sink and self.rope is not None and not (static and self.sink_positions == "absolute"))
-        self.accumulators = CacheTensors(
+        self._tensors = CacheTensors(
             self.k,
             self.v,
-            zeros(self.geometry.sink_frames, own_dtype) if own_k else None,
-            zeros(self.geometry.sink_frames, own_dtype) if own_v else None,
+            zeros(self.sink_frames, own_dtype) if own_k else None,
+            zeros(self.sink_frames, own_dtype) if own_v else None,
         )
         self.num_frames = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
         self._decay = None
         if not static:
-            alpha = torch.tensor(self.alpha, dtype=torch.float64)
+            alpha = torch.tensor(self._alphas, dtype=torch.float64)
             precision = accumulate_dtype(self.dtype)
             self._decay = torch.stack([alpha, 1 - alpha]).to(self.device, precision)
-        tables = None if self.rope is None else self.rope.tables(self.device, self.dtype, tokens)
-        self.rope_tables: RopeTables | None = tables
-        self.rope_arguments = tables or NO_ROPE
+        self._rope_tables: RopeTables | None = None
+        if self.rope is not None:
+            self._rope_tables = self.rope.tables(self.device, self.dtype, tokens)
 
     @classmethod
     def from_wan_config(
@@ -227,44 +218,48 @@ class EMASinkCache:
 
     # --- streaming ----------------------------------------------------------------------------------------------------
 
-    def begin_chunk(self, frames: int, replace: int = 0, samples: Iterable[int] | None = None) -> None:
-        """Opens the newest ``frames`` frames: ``replace`` existing ones, opened again, and the rest new.
+    def begin_chunk(
+        self, frames: int, reopen: int = 0, samples: Iterable[int] | None = None, backend: str | None = None
+    ) -> None:
+        """Opens the newest ``frames`` frames: ``reopen`` existing ones, opened again, and the rest new.
 
         Frames that leave the window because of the new ones are fused into the sink here, once, oldest first.
 
         Args:
             frames: F in 1..W; may change from call to call.
-            replace: 0..min(frames, frames so far). ``begin_chunk(F, replace=F)`` reopens the newest F, e.g. to
+            reopen: 0..min(frames, frames so far). ``begin_chunk(F, reopen=F)`` reopens the newest F, e.g. to
                 recompute the window under another prompt.
             samples: host indices of the streams that advance (default: all). The others reopen their newest F frames;
                 one that has fewer writes nothing for the missing ones, and gets zeros for their queries.
+            backend: for this call; default as in `use_backend`.
 
         Raises:
             ValueError, TypeError, IndexError: naming the argument; the cache is then unchanged.
         """
-        frames = checks.integer("frames", frames, 1, self.geometry.window_frames)
+        frames = checks.integer("frames", frames, 1, self.window_frames)
         chosen = self._samples(samples)
         seen = min((self.ages[b] for b in chosen), default=frames)
-        replace = checks.integer("replace", replace, 0)
-        if replace > min(frames, seen):
-            raise ValueError(f"replace must be at most min(frames={frames}, frames so far={seen}), got {replace}")
-        new = frames - replace
+        reopen = checks.integer("reopen", reopen, 0)
+        if reopen > min(frames, seen):
+            raise ValueError(f"reopen must be at most min(frames={frames}, frames so far={seen}), got {reopen}")
+        new = frames - reopen
         ages = [age + new if b in chosen else age for b, age in enumerate(self.ages)]
         advancing = None
         if len(chosen) < self.batch_size:
             advancing = torch.tensor([b in chosen for b in range(self.batch_size)], device=self.device)
-        evicted = self.geometry.evicted_frames
+        evicted = self._geometry.evicted_frames
         with torch.no_grad():
             if any(evicted(ages[b]) > evicted(self.ages[b]) for b in chosen):
-                t, backend = self.accumulators, backends.resolve(self.device, self.dtype, self.head_dim)
-                _ops.begin_chunk(
-                    *t, self.num_frames, new, advancing, self._decay, *self.rope_arguments,
-                    *self.geometry, self.sink_positions == "before_window", backend,
+                choice = backends.choose("begin_chunk", self.device, self.dtype, self.head_dim, backend)
+                request = BeginChunk(
+                    self._tensors, self.num_frames, new, advancing, self._decay, self._rope_tables, self._geometry,
+                    self.sink_positions == "before_window",
                 )  # fmt: skip
+                ops.begin_chunk(request, choice.backend)
             self.num_frames += new if advancing is None else advancing * new
         self.open_frames = frames
         self._set_ages(ages)
-        self.contexts.next_chunk()
+        self._forget_contexts()
 
     def _samples(self, samples: Iterable[int] | None) -> list[int]:
         if samples is None:
@@ -281,24 +276,32 @@ class EMASinkCache:
 
     def _set_ages(self, ages: list[int]) -> None:
         self.ages = ages
-        self.full = min(ages) >= self.geometry.capacity
+        self.full = min(ages) >= self._geometry.capacity
 
-    def require_chunk(self) -> None:
+    def _require_chunk(self) -> None:
         if self.open_frames == 0:
             raise ValueError("no chunk is open: call begin_chunk(frames) first")
 
-    def check_chunk(self, **tensors: torch.Tensor) -> None:
+    def _check_chunk(self, **tensors: torch.Tensor) -> None:
         """Raises unless a chunk is open and q, k, v are its tokens."""
-        self.require_chunk()
-        checks.chunk(
-            self.open_frames,
-            self.geometry,
-            self.batch_size,
-            self.num_kv_heads,
-            self.head_dim,
-            self.device,
-            tensors,
-        )
+        self._require_chunk()
+        sizes = (self.batch_size, self.open_frames * self.frame_tokens, self.num_kv_heads, self.head_dim)
+        checks.chunk(sizes, self.device, tensors)
+
+    def _forget_contexts(self) -> None:
+        self._contexts: dict[int, Context] = {}  # of the open chunk, by layer
+        self._frozen_num_frames: torch.Tensor | None = None
+
+    def _context(self, layer: int) -> Context:
+        self._require_chunk()
+        if layer not in self._contexts:
+            if self._frozen_num_frames is None:
+                self._frozen_num_frames = self.num_frames.clone()
+            self._contexts[layer] = freeze(
+                self.k[layer], self.v[layer], self._frozen_num_frames, self.full, self._geometry, self._rope_tables,
+                self.open_frames,
+            )  # fmt: skip
+        return self._contexts[layer]
 
     def __getitem__(self, index: int) -> CacheLayer:
         if not isinstance(index, int):
@@ -317,46 +320,46 @@ class EMASinkCache:
 
     @property
     def sink_k(self) -> torch.Tensor | None:
-        own = self.accumulators.sink_k
+        own = self._tensors.sink_k
         return own if own is not None or self.rope is not None else self._sinks_of(self.k)
 
     @property
     def sink_v(self) -> torch.Tensor:
-        own = self.accumulators.sink_v
+        own = self._tensors.sink_v
         return self._sinks_of(self.v) if own is None else own
 
     def _sinks_of(self, x: torch.Tensor) -> torch.Tensor:
-        return x[:, :, : self.geometry.sink_frames * self.geometry.frame_tokens]
+        return x[:, :, : self.sink_frames * self.frame_tokens]
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def _state_tensors(self) -> dict[str, torch.Tensor]:
         own = {
             "k": self.k,
             "v": self.v,
-            "sink_k": self.accumulators.sink_k,
-            "sink_v": self.accumulators.sink_v,
+            "sink_k": self._tensors.sink_k,
+            "sink_v": self._tensors.sink_v,
         }
         return {name: x for name, x in (own | {"num_frames": self.num_frames}).items() if x is not None}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the cache's tensors, accumulators included."""
-        return sum(x.numel() * x.element_size() for x in self._tensors().values())
+        return sum(x.numel() * x.element_size() for x in self._state_tensors().values())
 
     def reset(self, samples: Iterable[int] | None = None) -> None:
         """Forgets everything, or only the given streams (host indices); addresses stay."""
         chosen = self._samples(samples)
         with torch.no_grad():
-            for name, x in self._tensors().items():
+            for name, x in self._state_tensors().items():
                 for sample in chosen:
                     (x if name == "num_frames" else x.transpose(0, 1))[sample].zero_()
         self._set_ages([0 if b in chosen else age for b, age in enumerate(self.ages)])
         if len(chosen) == self.batch_size:
             self.open_frames = 0
-        self.contexts.forget()
+        self._forget_contexts()
 
     def state_dict(self) -> dict:
         """The tensors (not copied, as in a torch module), the host's state and the geometry they belong to."""
-        return self._tensors() | {
+        return self._state_tensors() | {
             "ages": list(self.ages),
             "open_frames": self.open_frames,
             "geometry": self._description(),
@@ -368,7 +371,7 @@ class EMASinkCache:
         Raises:
             ValueError: a missing or unexpected entry, another geometry, shape or dtype. Nothing is changed then.
         """
-        own, names = self._tensors(), {"ages", "open_frames", "geometry"}
+        own, names = self._state_tensors(), {"ages", "open_frames", "geometry"}
         if set(state) != set(own) | names:
             raise ValueError(f"state must have the entries {sorted(set(own) | names)}, got {sorted(state)}")
         description = self._description()
@@ -381,7 +384,7 @@ class EMASinkCache:
                 got = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)
                 raise ValueError(f"state[{name!r}] must be {x.dtype} {tuple(x.shape)}, got {got}")
         ages, frames = state["ages"], state["open_frames"]
-        checks.integer("state['open_frames']", frames, 0, self.geometry.window_frames)
+        checks.integer("state['open_frames']", frames, 0, self.window_frames)
         if len(ages) != self.batch_size:
             raise ValueError(f"state['ages'] must have {self.batch_size} entries, got {len(ages)}")
         ages = [checks.integer("state['ages']", age, 0) for age in ages]
@@ -390,7 +393,7 @@ class EMASinkCache:
                 x.copy_(state[name])
         self.open_frames = frames
         self._set_ages(ages)
-        self.contexts.forget()
+        self._forget_contexts()
 
     def snapshot(self) -> dict:
         """A copy of the whole state, for `restore`."""
@@ -409,35 +412,33 @@ class EMASinkCache:
         other.load_state_dict(self.state_dict())
         return other
 
-    def _arguments(self) -> dict:
+    def _arguments(self) -> dict[str, Any]:
         return dict(
             num_layers=self.num_layers,
             batch_size=self.batch_size,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            frame_tokens=self.geometry.frame_tokens,
-            sink_frames=self.geometry.sink_frames,
-            window_frames=self.geometry.window_frames,
+            frame_tokens=self.frame_tokens,
+            sink_frames=self.sink_frames,
+            window_frames=self.window_frames,
             alpha=self.alpha,
             rope=self.rope,
             sink_positions=self.sink_positions,
             dtype=self.dtype,
             sink_dtype=self.sink_dtype,
-            fuse=self.fuse,
         )
 
-    def _description(self) -> dict:
+    def _description(self) -> dict[str, Any]:
         """The arguments as plain values, so that a saved state loads with weights_only."""
         plain = self._arguments() | {"dtype": str(self.dtype), "sink_dtype": str(self.sink_dtype)}
-        plain["alpha"] = list(self.alpha)
+        plain["alpha"] = list(self._alphas)
         plain["rope"] = None if self.rope is None else repr(self.rope)
         plain["frequencies"] = None if self.rope is None else [f.tolist() for f in self.rope.frequencies]
         return plain
 
     def __repr__(self) -> str:
-        g = self.geometry
         return (
             f"EMASinkCache({self.num_layers} layers, batch {self.batch_size}, {self.num_kv_heads} x {self.head_dim}, "
-            f"{g.sink_frames} sink + {g.window_frames} window frames of {g.frame_tokens} tokens, {self.dtype}, "
-            f"{self.device}, {self.nbytes / 2**20:.1f} MiB)"
+            f"{self.sink_frames} sink + {self.window_frames} window frames of {self.frame_tokens} tokens, "
+            f"{self.dtype}, {self.device}, {self.nbytes / 2**20:.1f} MiB)"
         )

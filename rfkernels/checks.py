@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from .arguments import accumulate_dtype
-from .geometry import CacheGeometry
+from .contract.requests import accumulate_dtype
 from .rope import Rope3D
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -85,19 +84,14 @@ def scale(value: float | None, head_dim: int) -> float:
     return float(value)
 
 
-def chunk(
-    frames: int,
-    geometry: CacheGeometry,
-    batch: int,
-    kv_heads: int,
-    head_dim: int,
-    device: torch.device,
-    tensors: dict[str, torch.Tensor],
-) -> None:
-    """Raises unless the tensors, by name ("q", "k", "v"), are the tokens of a chunk of ``frames`` frames."""
-    tokens, wanted = frames * geometry.frame_tokens, (batch, frames * geometry.frame_tokens, kv_heads, head_dim)
+def chunk(sizes: tuple[int, int, int, int], device: torch.device, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises unless the tensors, by name ("q", "k", "v"), are the tokens of a chunk.
+
+    sizes: ``(batch, tokens, kv_heads, head_dim)``; q may have a multiple of the heads.
+    """
+    batch, tokens, kv_heads, head_dim = sizes
     for name, x in tensors.items():
-        if isinstance(x, torch.Tensor) and x.shape == wanted and x.dtype in FLOATING and x.device == device:
+        if isinstance(x, torch.Tensor) and x.shape == sizes and x.dtype in FLOATING and x.device == device:
             continue  # the usual case, on the hot path
         count = None if name == "q" else kv_heads
         tensor(name, x, 4, device)

@@ -3,29 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
-
 import torch
 
-
-class RopeTables(NamedTuple):
-    """What a kernel needs to rotate: see `Rope3D.tables`.
-
-    frame_turns: float64 ``[frame_pairs]``, frequencies of the frame axis in turns (radians / 2 pi) per frame.
-    spatial: ``[frame_tokens, row_pairs + column_pairs, 2]``, cos and sin of every token of a frame.
-    half_split: pairs are (i, i + D/2) instead of (2i, 2i + 1).
-    """
-
-    frame_turns: torch.Tensor
-    spatial: torch.Tensor
-    half_split: bool
-
-    @property
-    def frame_tokens(self) -> int:
-        return self.spatial.shape[0]
-
-
-NO_ROPE = (None, None, False)  # what an op takes in place of `RopeTables`
+from .contract.requests import RopeTables
 
 
 class Rope3D:

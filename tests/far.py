@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import rfkernels as rf
-from rfkernels.arguments import CacheTensors
 from rfkernels.cache import CacheLayer
+from rfkernels.contract.requests import CacheTensors
 
 STRIDE = 2**30 + 16  # fits 32 bits; twice it does not
 
@@ -47,8 +47,8 @@ def run_life(backend: str, device: torch.device, dtype: torch.dtype, dim: int, h
         num_kv_heads=sizes[3], frame_tokens=4, sink_frames=1, window_frames=2, alpha=0.5,
     )  # fmt: skip
     cache = streams.ours
-    cache.accumulators = CacheTensors(*(far(x, dim) for x in cache.accumulators))
-    cache.k, cache.v = cache.accumulators[:2]
+    cache._tensors = CacheTensors(*(far(x, dim) for x in cache._tensors))
+    cache.k, cache.v = cache._tensors[:2]
     cache._layers = [CacheLayer(cache, layer) for layer in range(cache.num_layers)]
     for _ in range(4):
         streams.begin(1)

@@ -41,8 +41,8 @@ class LiteralStream:
         self.sink = [[] for _ in range(self.layers)]
         self.window = [[] for _ in range(self.layers)]  # of [frame number, k, v]
 
-    def begin_chunk(self, frames, replace=0):
-        for _ in range(frames - replace):
+    def begin_chunk(self, frames, reopen=0):
+        for _ in range(frames - reopen):
             frame, self.count = self.count, self.count + 1
             for sink, window in zip(self.sink, self.window, strict=True):
                 if frame < self.sink_frames:

@@ -75,14 +75,14 @@ class Streams:
     def poison(self) -> None:
         """NaN into every entry of the cache that no frame has reached."""
         for _, cache, _ in self.runs():
-            tokens = cache.geometry.frame_tokens
+            tokens = cache.frame_tokens
             for sample, age in enumerate(cache.ages):
                 for x in (cache.k, cache.v):
-                    x[:, sample, cache.geometry.valid_frames(age) * tokens :] = float("nan")
+                    x[:, sample, cache._geometry.valid_frames(age) * tokens :] = float("nan")
 
     def inputs(self, heads: int) -> list[torch.Tensor]:
         cache = self.ours
-        tokens = cache.open_frames * cache.geometry.frame_tokens
+        tokens = cache.open_frames * cache.frame_tokens
         return [
             uneven(cache.batch_size, tokens, h, cache.head_dim, dtype=self.dtype, device=self.device)
             for h in (heads, cache.num_kv_heads, cache.num_kv_heads)

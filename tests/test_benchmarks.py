@@ -13,7 +13,7 @@ from benchmarks.cases import CASES, Latent, Sequence, Stream
 from benchmarks.contenders import FLOOR, Bench, Contender, Options
 from benchmarks.counter import BelowOps
 from rfkernels.__main__ import main
-from rfkernels.geometry import WindowMask
+from rfkernels.contract.geometry import WindowMask
 
 CPU = torch.device("cpu")
 TINY = Stream("tiny", rows=2, columns=3, heads=4, kv_heads=2, head_dim=16, layers=2, dtype=torch.float32)

@@ -24,7 +24,7 @@ def stream(cache, chunks, seed=0, frames=2):
     for _ in range(chunks):
         cache.begin_chunk(frames)
         for layer in cache:
-            shape = (cache.batch_size, frames * cache.geometry.frame_tokens, cache.num_kv_heads, cache.head_dim)
+            shape = (cache.batch_size, frames * cache.frame_tokens, cache.num_kv_heads, cache.head_dim)
             q, k, v = (torch.randn(shape, generator=random).to(cache.device) for _ in range(3))
             outs.append(rf.streaming_attention(q, k, v, layer))
     return outs
@@ -69,9 +69,9 @@ def test_shapes_are_the_documented_ones(device):
 def test_accumulators_take_only_what_they_need(device, changes, own):
     cache = make(device, **changes)
     elements = 2 * 2 * 4 * 2 * 8  # of one frame, all layers and samples
-    image = 2 * cache.geometry.capacity * elements * cache.dtype.itemsize
-    assert cache.nbytes == image + cache.geometry.sink_frames * elements * own + 2 * 8
-    assert cache.sink_v.shape[2] == cache.geometry.sink_frames * 4
+    image = 2 * cache._geometry.capacity * elements * cache.dtype.itemsize
+    assert cache.nbytes == image + cache.sink_frames * elements * own + 2 * 8
+    assert cache.sink_v.shape[2] == cache.sink_frames * 4
     if changes.get("sink_positions") == "absolute":
         assert cache.sink_k is None
 
@@ -125,7 +125,7 @@ def test_full_is_known_on_the_host(device):
 
 def test_from_wan_config_is_the_published_model():
     cache = rf.EMASinkCache.from_wan_config(num_layers=1, device="meta")
-    assert cache.geometry == (3, 6, 1560) and (cache.num_kv_heads, cache.head_dim) == (12, 128)
+    assert cache._geometry == (3, 6, 1560) and (cache.num_kv_heads, cache.head_dim) == (12, 128)
     assert cache.dtype == cache.sink_dtype == torch.bfloat16 and cache.alpha == (0.999,) * 12
     assert rf.EMASinkCache.from_wan_config(num_layers=1, sink_dtype=None, device="meta").sink_v.dtype == torch.float32
     with pytest.raises(ValueError, match=r"local_attn_size.*sink_size=3, got 3"):
@@ -220,8 +220,8 @@ BAD_CALLS = [
     (lambda c: c.begin_chunk(0), ValueError, "frames must be in 1..3, got 0"),
     (lambda c: c.begin_chunk(4), ValueError, "frames must be in 1..3, got 4"),
     (lambda c: c.begin_chunk(2.0), TypeError, "frames must be an integer, got 2.0"),
-    (lambda c: c.begin_chunk(2, replace=3), ValueError, r"replace must be at most min\(frames=2, .*got 3"),
-    (lambda c: c.begin_chunk(2, replace=-1), ValueError, "replace must be at least 0, got -1"),
+    (lambda c: c.begin_chunk(2, reopen=3), ValueError, r"reopen must be at most min\(frames=2, .*got 3"),
+    (lambda c: c.begin_chunk(2, replace=-1), ValueError, "reopen must be at least 0, got -1"),
     (lambda c: c.begin_chunk(1, samples=[2]), IndexError, "samples must be below batch_size=2, got 2"),
     (lambda c: c.begin_chunk(1, samples=[-3]), ValueError, "samples must be at least -2, got -3"),
     (lambda c: c.begin_chunk(1, samples=[True, False]), TypeError, "samples must be an integer, got True"),
@@ -259,11 +259,11 @@ def test_a_bad_call_changes_nothing(call, error, message, device):
 def test_replace_is_bounded_by_the_youngest_advancing_stream(device):
     cache = make(device)
     with pytest.raises(ValueError, match=r"frames so far=0\), got 1"):
-        cache.begin_chunk(2, replace=1)
+        cache.begin_chunk(2, reopen=1)
     cache.begin_chunk(2, samples=[0])
-    cache.begin_chunk(2, replace=2, samples=[0])
-    with pytest.raises(ValueError, match="replace must be at most"):
-        cache.begin_chunk(2, replace=2)
+    cache.begin_chunk(2, reopen=2, samples=[0])
+    with pytest.raises(ValueError, match="reopen must be at most"):
+        cache.begin_chunk(2, reopen=2)
 
 
 def test_nothing_works_before_begin_chunk(device):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rfkernels import native
-from rfkernels.geometry import CacheGeometry, WindowMask
+from rfkernels.contract.geometry import CacheGeometry, WindowMask
 
 needs_compiled = pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
 

@@ -132,7 +132,7 @@ class Adapter:
     def __call__(self, x, current_start):
         frames, end = x.shape[1] // TOKENS, (current_start + x.shape[1]) // TOKENS
         if end != self.end or frames != self.cache.open_frames:
-            self.cache.begin_chunk(frames, replace=frames - (end - self.end))
+            self.cache.begin_chunk(frames, reopen=frames - (end - self.end))
             self.end = end
         return self.model(x, self.cache)
 

@@ -3,20 +3,35 @@
 import contextlib
 import math
 import re
-from dataclasses import replace
+import threading
 
 import pytest
 import torch
 import torch._dynamo.testing
 import torch._inductor.utils
+from patched import serving
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rfkernels as rf
 from rfkernels import backends, native
-from rfkernels.arguments import Past
-from rfkernels.backends import dense
-from rfkernels.geometry import WindowMask
+from rfkernels.backends.sdpa import dense
+from rfkernels.contract.geometry import WindowMask
+from rfkernels.contract.ops import NATIVE, OPERATIONS
+from rfkernels.contract.requests import (
+    BeginChunk,
+    ChunkAttention,
+    ChunkGradients,
+    Cotangents,
+    MergeAttention,
+    Past,
+    ReDMD,
+    Rotate,
+    StreamingAttention,
+    WindowAttention,
+    WindowGradients,
+)
+from rfkernels.contract.schemas import flattener
 
 ops = torch.ops.rfkernels
 HEAD_DIM = 32  # the least that every backend serves
@@ -35,7 +50,7 @@ def make(device, layers=1, batch=2, dtype=torch.float32, frames=2, chunks=4, siz
 
 
 def qkv(cache, frames, grad=False, heads=2):
-    tokens = frames * cache.geometry.frame_tokens
+    tokens = frames * cache.frame_tokens
     shapes = [(cache.batch_size, tokens, n, HEAD_DIM) for n in (heads, 2, 2)]
     return [torch.randn(s, dtype=cache.dtype, device=cache.device).requires_grad_(grad) for s in shapes]
 
@@ -43,68 +58,81 @@ def qkv(cache, frames, grad=False, heads=2):
 # --- opcheck ----------------------------------------------------------------------------------------------------------
 
 
-def op_calls(device, backend):
-    """(op, arguments) of every public op, in several layouts."""
+def begin(cache, new_frames, advancing=None, before_window=True) -> BeginChunk:
+    return BeginChunk(
+        cache._tensors, cache.num_frames, new_frames, advancing, cache._decay, cache._rope_tables, cache._geometry,
+        before_window,
+    )  # fmt: skip
+
+
+def requests(device):
+    """(op, request) of every public op that has backends, in several layouts."""
     cache = make(device)
-    rope, geometry = cache.rope_arguments, cache.geometry
-    layer, accumulators = cache[0].tensors, cache.accumulators
+    rope, geometry = cache._rope_tables, cache._geometry
     q, k, v = qkv(cache, 2, grad=True, heads=4)
     past = cache[0].context().past
     strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v)]
     plain = [x.detach() for x in (q, k, v)]
     lse = torch.randn(2, 4, 8, device=device)
     x, fake, cond, uncond = (torch.randn(2, 3, 4, device=device) for _ in range(4))
-    some = torch.tensor([True, False], device=device)
-    yield "begin_chunk", (*accumulators, cache.num_frames, 2, None, cache._decay, *rope, *geometry, True, backend)
-    yield "begin_chunk", (*accumulators, cache.num_frames, 1, some, cache._decay, *rope, *geometry, False, backend)
-    yield "write", (*layer, cache.num_frames, *plain[1:], *rope, *geometry, backend)
+    yield "begin_chunk", begin(cache, 2)
+    yield "begin_chunk", begin(cache, 1, torch.tensor([True, False], device=device), before_window=False)
+    write = cache[0]._write_request(*plain[1:])
+    yield "write", write
     for full, return_lse in ((True, False), (False, True)):
-        arguments = (*rope, *geometry, 0.3, full, return_lse, backend)
-        yield "streaming_attention", (*plain, *layer, cache.num_frames, *arguments)
-    chunk = (past.k, past.v, past.num_frames, past.full, torch.float32, *rope, *geometry, 0.3, backend)
-    window = (2, 4, 2, 1, True, None, None, False, 0.3, backend)
+        yield "streaming_attention", StreamingAttention(plain[0], write, 0.3, full, return_lse)
+    mask = WindowMask(2, 4, 2, 1, True)
     for tensors in ((q, k, v), strided):
-        yield "chunk_attention", (*tensors, *chunk)
-        yield "sink_window_attention", (*tensors, *window)
-    for name, rest in (("chunk_attention", chunk), ("sink_window_attention", window)):
-        yield name + "_backward", (plain[0], lse, *plain, plain[0], lse, *rest)
-    yield "merge_attention", (q, lse, (q.detach() * 2).requires_grad_(), lse + 1)
-    yield (
-        "redmd_loss",
-        (x.clone().requires_grad_(), fake, cond, uncond, None, x[:, 0, 0], x > 0, 3.0, 0.0, True, backend),
-    )
-    yield "redmd_loss", (x, fake, cond, None, None, x[:, 0, 0], None, 3.0, 0.0, False, backend)
+        yield "chunk_attention", ChunkAttention(*tensors, past, rope, geometry, 0.3)
+        yield "sink_window_attention", WindowAttention(*tensors, mask, None, 0.3)
+    incoming = Cotangents(plain[0], lse, plain[0], lse)
+    yield "chunk_attention_backward", ChunkGradients(incoming, ChunkAttention(*plain, past, rope, geometry, 0.3))
+    yield "sink_window_attention_backward", WindowGradients(incoming, WindowAttention(*plain, mask, None, 0.3))
+    weight = x[:, 0, 0]
+    yield "redmd_loss", ReDMD(x.clone().requires_grad_(), fake, cond, uncond, None, weight, x > 0, 3.0, 0.0, True)
+    yield "redmd_loss", ReDMD(x, fake, cond, None, None, weight, None, 3.0, 0.0, False)
 
 
 def test_opcheck_with_all_utilities(device, backend):
     seen = set()
-    for name, arguments in op_calls(device, backend):
-        torch.library.opcheck(getattr(ops, name).default, arguments)
+    for name, request in requests(device):
+        op = getattr(ops, name).default
+        names = [argument.name for argument in op._schema.arguments if argument.name.endswith("backend")]
+        torch.library.opcheck(op, (*flattener(type(request))(request), *(backend for _ in names)))
         seen.add(name)
-    from rfkernels.ops import _SCHEMAS
+    assert seen == set(OPERATIONS)
 
-    assert seen == set(_SCHEMAS)
+
+def test_opcheck_of_merging(device):
+    out, lse = torch.randn(2, 8, 4, HEAD_DIM, device=device, requires_grad=True), torch.randn(2, 4, 8, device=device)
+    other = (out.detach() * 2).requires_grad_()
+    torch.library.opcheck(ops.merge_attention.default, tuple(MergeAttention(out, lse, other, lse + 1)))
 
 
 @pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
 def test_opcheck_of_the_compiled_ops():
-    cache = make("cpu")
-    rope, geometry, layer = cache.rope_arguments, cache.geometry, cache[0].tensors
-    q, k, v = qkv(cache, 2)
-    x = torch.randn(2, 3, 4)
-    calls = {
-        "begin_chunk": (*cache.accumulators, cache.num_frames, 2, None, cache._decay, *rope, *geometry, True),
-        "write": (*layer, cache.num_frames, k, v, *rope, *geometry),
-        "streaming_attention": (q, k, v, *layer, cache.num_frames, *rope, *geometry, 0.3),
-        "rotate": (q, torch.tensor([[5, 6]]), 0, 4, *rope[:2], False, False, torch.bfloat16),
-        "redmd_loss": (x, x + 1, x + 2, None, None, torch.ones(2), None, 3.0, 0.0, True),
-    }
-    from rfkernels.ops import _NATIVE_SCHEMAS
+    calls = {name: request for name, request in requests(torch.device("cpu")) if name in NATIVE}
+    x, rope = torch.randn(2, 8, 2, HEAD_DIM), make("cpu")._rope_tables
+    calls["rotate"] = Rotate(x, torch.tensor([[5, 6]]), 0, rope, False, torch.bfloat16)
+    assert set(calls) == set(NATIVE)
+    for name, request in calls.items():
+        flat = [t.detach() if isinstance(t, torch.Tensor) else t for t in flattener(type(request))(request)]
+        torch.library.opcheck(getattr(torch.ops.rfkernels_native, name).default, tuple(flat))
 
-    cuda_only = {"attention_forward", "attention_backward"}  # no kernel on the CPU
-    assert set(calls) == set(_NATIVE_SCHEMAS) - cuda_only
-    for name, arguments in calls.items():
-        torch.library.opcheck(getattr(torch.ops.rfkernels_native, name).default, arguments)
+
+@pytest.mark.parametrize("rope", [True, False], ids=["rope", "no_rope"])
+def test_a_request_survives_its_flat_form(device, rope):
+    """Nested requests, absent ones too, come back as they were, in the order of the schema."""
+    from rfkernels.contract.schemas import leaves, unflattener
+
+    for name, request in requests(device):
+        if not rope and hasattr(request, "rope"):
+            request = request._replace(rope=None)
+        flat = flattener(type(request))(request)
+        assert len(flat) == len(leaves(type(request))) == len({leaf.name for leaf in leaves(type(request))}), name
+        again = unflattener(type(request))(flat)
+        assert type(again) is type(request)
+        assert all(a is b for a, b in zip(flattener(type(again))(again), flat, strict=True)), name
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------
@@ -234,27 +262,27 @@ class NoHostRead(TorchDispatchMode):
 
 def run_backend_functions(module, cache, backward=True):
     """The functions of a backend below the op boundary, where outer modes and fake tensors do not see them."""
-    rope, geometry = cache.rope_tables, cache.geometry
+    rope, geometry = cache._rope_tables, cache._geometry
     q, k, v = qkv(cache, 2, heads=4)
-    some = torch.ones(2, dtype=torch.bool, device=cache.device)
-    for advancing in (None, some):
-        module.begin_chunk(cache.accumulators, cache.num_frames, 2, advancing, cache._decay, rope, geometry, True)
-    module.write(cache[0].tensors, cache.num_frames, k, v, rope, geometry)
+    for advancing in (None, torch.ones(2, dtype=torch.bool, device=cache.device)):
+        module.begin_chunk(begin(cache, 2, advancing))
+    write = cache[0]._write_request(k, v)
+    module.write(write)
     for full in (False, True):
-        arguments = (cache[0].tensors, cache.num_frames, rope, geometry, 0.3, full, True)
-        module.streaming_attention(q, k, v, *arguments)
-        pages = [x.clone() for x in cache.k[0].unflatten(1, (-1, 4))[:, :3].flatten(0, 1)]
-        past = Past(pages, pages, cache.num_frames, full, cache.dtype)
-        out, lse = module.chunk_attention(q, k, v, past, rope, geometry, 0.3)
+        module.streaming_attention(StreamingAttention(q, write, 0.3, full, True))
+        past = Past(cache.k[0, :, :12].clone(), cache.v[0, :, :12].clone(), cache.num_frames, full)
+        chunk = ChunkAttention(q, k, v, past, rope, geometry, 0.3)
+        out, lse = module.chunk_attention(chunk)
         if backward:
-            module.chunk_attention_backward(out, lse, q, k, v, out, lse, past, rope, geometry, 0.3)
+            module.chunk_attention_backward(ChunkGradients(Cotangents(out, lse, out, lse), chunk))
     for mask in (WindowMask(4, 4, 4, 4, True), WindowMask(4, 8, 1, 1, True)):
-        out, lse = module.sink_window_attention(q, k, v, rope, mask, 0.3)
+        window = WindowAttention(q, k, v, mask, rope, 0.3)
+        out, lse = module.sink_window_attention(window)
         if backward:
-            module.sink_window_attention_backward(out, lse, q, k, v, out, lse, rope, mask, 0.3)
-    latents = [torch.randn(2, 6, device=cache.device) for _ in range(4)]
+            module.sink_window_attention_backward(WindowGradients(Cotangents(out, lse, out, lse), window))
+    x, fake, cond, uncond = (torch.randn(2, 6, device=cache.device) for _ in range(4))
     weight = torch.ones(2, device=cache.device)
-    module.redmd_loss(*latents, None, weight, latents[0] > 0, 3.0, 0.0, True)
+    module.redmd_loss(ReDMD(x, fake, cond, uncond, None, weight, x > 0, 3.0, 0.0, True))
 
 
 @pytest.fixture
@@ -268,7 +296,7 @@ def device_path(monkeypatch):
 def test_no_host_read_below_the_op_boundary(name, device_path, device):
     cache = make(device)
     with NoHostRead():
-        run_backend_functions(backends.get(name), cache)
+        run_backend_functions(backends.module(name), cache)
 
 
 @pytest.mark.skipif(
@@ -282,17 +310,17 @@ def test_no_host_read_on_fake_cuda_tensors(name):
         cache = make("cuda", chunks=0)
         cache.open_frames = 2
         # The reference differentiates by autograd, whose engine wants a real device.
-        run_backend_functions(backends.get(name), cache, backward=name != "reference")
+        run_backend_functions(backends.module(name), cache, backward=name != "reference")
 
 
 @pytest.mark.parametrize("name", [n for n in rf.available_backends() if n != "reference"])
 def test_a_planted_host_read_is_caught(name, device_path, device, monkeypatch):
-    cache, module = make(device), backends.get(name)
+    cache, module = make(device), backends.module(name)
     honest = module.write
 
-    def dishonest(*arguments):
-        arguments[1].max().item()
-        honest(*arguments)
+    def dishonest(request):
+        request.num_frames.max().item()
+        honest(request)
 
     monkeypatch.setattr(module, "write", dishonest)
     with NoHostRead(), pytest.raises(AssertionError, match="reads a device value"):
@@ -326,18 +354,132 @@ def test_sdpa_on_other_devices_equals_the_reference(chunks, device_path, device)
 def test_backends_explain_themselves():
     rows = rf.explain_backends("cpu")
     assert set(rf.available_backends("cpu")) <= set(rows) and rows["auto"].startswith("on cpu: sdpa")
-    assert "order not measured" in rf.explain_backends("cuda")["auto"]
+    assert "not measured" in rf.explain_backends("cuda")["auto"]
+
+
+CPU = torch.device("cpu")
+
+
+def chosen(dtype=torch.float32, head_dim=64, operation="streaming_attention", device=CPU, **options) -> str:
+    return backends.choose(operation, device, dtype, head_dim, **options).backend
 
 
 def test_use_backend_nests_and_restores():
-    assert backends.resolve(torch.device("cpu"), torch.float32, 64) == "sdpa"
+    assert chosen() == "sdpa"
     with rf.use_backend("reference"):
         with rf.use_backend("auto"):
-            assert backends.resolve(torch.device("cpu"), torch.float32, 64) == "sdpa"
-        assert backends.resolve(torch.device("cpu"), torch.float32, 64) == "reference"
+            assert chosen() == "sdpa"
+        assert chosen() == "reference"
+        assert chosen(backend="sdpa") == "sdpa"
     with pytest.raises(RuntimeError, match="inside"), rf.use_backend("reference"):
         raise RuntimeError("inside")
-    assert backends.resolve(torch.device("cpu"), torch.float32, 64) == "sdpa"
+    assert chosen() == "sdpa"
+
+
+def test_use_backend_blocks_may_overlap():
+    """As those of two generators do; the one that was opened last and is still open decides."""
+    first, second = rf.use_backend("reference"), rf.use_backend("sdpa")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert chosen() == "sdpa"
+    with rf.use_backend("reference"):
+        second.__exit__(None, None, None)
+        assert chosen() == "reference"
+    assert backends._thread.blocks == () and backends._named.backend is None
+
+
+def test_use_backend_is_a_threads_own(device):
+    """Two threads whose blocks overlap in time, one of them compiled: each its own backend, and none left behind."""
+    steps, seen = [threading.Event() for _ in range(3)], {}
+    cache = make(device, batch=1)
+    inputs = qkv(cache, 2)
+
+    def used(name):
+        with torch.profiler.profile() as profile:
+            seen[name] = [chosen()]
+            rf.streaming_attention(*inputs, cache[0])
+        seen[name].append({event.name for event in profile.events()})
+
+    def early():
+        with rf.use_backend("reference"):
+            steps[0].set()
+            steps[1].wait(60)
+            used("early")
+        steps[2].set()
+
+    def late():
+        steps[0].wait(60)
+        with rf.use_backend("sdpa"):
+            steps[1].set()
+            steps[2].wait(60)
+            used("late")
+
+    cache.begin_chunk(2)
+    threads = [threading.Thread(target=target) for target in (early, late)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen["early"][0] == "reference" and seen["late"][0] == "sdpa"
+    assert "aten::logsumexp" in seen["early"][1] and "aten::logsumexp" not in seen["late"][1]
+    assert backends._thread.blocks == () and chosen() == "sdpa"
+
+
+def test_compiled_code_follows_use_backend_by_thread():
+    """A change of the named backend is guarded: compiled once for each, also when another thread calls."""
+
+    def step(q, k, v):
+        return rf.sink_window_attention(q, k, v, sink_tokens=1, window_tokens=4)
+
+    inputs = [torch.randn(1, 8, 2, HEAD_DIM) for _ in range(3)]
+    with count_compilations() as counter:
+        fast = torch.compile(step, fullgraph=True, backend=counter)
+        used = []
+
+        def call():
+            before = counter.frame_count
+            fast(*inputs)
+            used.append(counter.frame_count - before)
+
+        for name in ("auto", "reference", "auto", "reference"):
+            with rf.use_backend(name):
+                call()
+        with rf.use_backend("reference"):
+            thread = threading.Thread(target=call)
+            thread.start()
+            thread.join()
+        call()
+    assert used[:4] == [1, 1, 0, 0]
+    assert backends._thread.blocks == ()
+
+
+def test_a_choice_is_made_once(monkeypatch):
+    """Predicates are asked when a choice is new, not in every call."""
+    asked = []
+    monkeypatch.setattr(backends, "_choices", {})
+    monkeypatch.setattr(backends.sdpa, "unavailable", lambda device: asked.append(device))
+    for _ in range(3):
+        assert chosen() == "sdpa"
+    assert len(asked) == 1
+
+
+def test_every_function_takes_a_backend_for_one_call(device):
+    cache = make(device)
+    cache.begin_chunk(2, backend="reference")
+    q, k, v = qkv(cache, 2)
+    cache[0].write(k, v, backend="reference")
+    context, options = cache[0].context(), dict(sink_tokens=1, window_tokens=3, backend="reference")
+    for call in (
+        lambda: rf.streaming_attention(q, k, v, cache[0], backend="reference"),
+        lambda: rf.chunk_attention(q, k, v, context, backend="reference"),
+        lambda: rf.sink_window_attention(q, k, v, **options),
+    ):
+        with rf.use_backend("reference"):
+            expected = call()
+        assert torch.equal(call(), expected)
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'fast'"):
+        rf.chunk_attention(q, k, v, context, backend="fast")
 
 
 def test_backward_uses_the_backend_of_the_forward(device, monkeypatch):
@@ -354,13 +496,41 @@ def test_backward_uses_the_backend_of_the_forward(device, monkeypatch):
 
 def test_auto_takes_the_next_backend_that_serves_the_dtype_and_head_dim(monkeypatch):
     """float64 and odd head sizes where the first choice has no kernels for them; a named backend never falls back."""
-    monkeypatch.setattr(backends, "_AUTO_ELSEWHERE", ("triton", "sdpa"))
-    monkeypatch.setitem(backends._TABLE, "triton", replace(backends._TABLE["triton"], why_not=lambda device: None))
-    device = torch.device("cpu")
-    assert backends.resolve(device, torch.bfloat16, 128) == "triton"
-    assert backends.resolve(device, torch.float64, 128) == backends.resolve(device, torch.bfloat16, 40) == "sdpa"
-    with rf.use_backend("triton"):
-        with pytest.raises(ValueError, match=r"'triton' cannot do this: .* got torch.float64"):
-            backends.resolve(device, torch.float64, 128)
-        with pytest.raises(ValueError, match=r"multiple of 16 in 32..256, got 40"):
-            backends.resolve(device, torch.bfloat16, 40)
+    row = backends.Row
+    monkeypatch.setitem(backends._AUTO, "cpu", dict.fromkeys(backends.OPERATIONS, (row("triton"), row("sdpa"))))
+    with serving("triton"):
+        assert chosen(torch.bfloat16, 128) == "triton"
+        assert chosen(torch.float64, 128) == chosen(torch.bfloat16, 40) == "sdpa"
+        with rf.use_backend("triton"):
+            with pytest.raises(ValueError, match=r"'triton' cannot do this: .* got torch.float64"):
+                chosen(torch.float64, 128)
+            with pytest.raises(ValueError, match=r"multiple of 16 in 32..256, got 40"):
+                chosen(torch.bfloat16, 40)
+
+
+GPU = torch.device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    "major, generation, forward, backward",
+    [
+        (8, "mma.sync", "cuda", "cuda"),
+        (9, "wgmma", "cuda", "triton"),
+        (9, "mma.sync", "triton", "triton"),
+        (10, "mma.sync", "triton", "triton"),
+        (12, "mma.sync", "cuda", "cuda"),
+    ],
+    ids=["a100", "h100", "h100_built_for_9.0", "b200", "rtx5090"],
+)
+def test_auto_by_family_of_architecture_and_operation(monkeypatch, major, generation, forward, backward):
+    monkeypatch.setattr(backends, "family", lambda device: f"cuda {major}.x")
+    with serving("triton", "cuda"):
+        monkeypatch.setattr(backends.cuda, "unsupported", lambda operation, dtype, head_dim: None)
+        monkeypatch.setattr(backends.cuda, "forward_kernels", lambda device: generation)
+        kind = dict(dtype=torch.bfloat16, head_dim=128, device=GPU)
+        assert chosen(**kind) == chosen(**kind, operation="sink_window_attention") == forward
+        assert chosen(**kind, operation="chunk_attention_backward") == backward
+        with rf.use_backend("cuda"):
+            assert chosen(**kind, operation="chunk_attention_backward") == "cuda"
+        rows = rf.explain_backends(GPU)
+    assert "not measured" in rows["auto"] and f"cuda {major}.x" in rows["auto"]

@@ -7,7 +7,7 @@ import torch
 from literal import rotate as literal_rotate
 
 import rfkernels as rf
-from rfkernels import reference
+from rfkernels.backends import reference
 
 
 @pytest.mark.parametrize("pairing", ["interleaved", "half"])

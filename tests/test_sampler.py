@@ -152,7 +152,7 @@ def test_switching_the_prompt(device):
     samplers[1].switch(new, recompute=False)
     window = by_hand._recent
     assert window.shape[1] == 4
-    by_hand.cache.begin_chunk(4, replace=4)
+    by_hand.cache.begin_chunk(4, reopen=4)
     with torch.no_grad():
         model(window, torch.zeros(1, device=device), new, by_hand.cache)
     results = [frames(sampler, num_frames=4) for sampler in samplers[:2]] + [frames(by_hand, new, 4)]

@@ -247,7 +247,7 @@ def test_streams_of_different_ages_equal_the_streams_alone(device, backend):
             if b in chosen:
                 single.cache.begin_chunk(2)
             elif single.cache.ages[0]:
-                single.cache.begin_chunk(2, replace=2)
+                single.cache.begin_chunk(2, reopen=2)
         for layer in range(2):
             q, k, v = (together.draw(8, 2).to(device) for _ in range(3))
             out = rf.streaming_attention(q, k, v, together.cache[layer])
@@ -351,7 +351,7 @@ def test_a_pass_can_be_run_again(device, backend):
 
 
 def test_reopening_the_window_recomputes_it(device, backend):
-    """begin_chunk(F, replace=F): as if the frames had been written so in the first place."""
+    """begin_chunk(F, reopen=F): as if the frames had been written so in the first place."""
     one, two = Pair(BASE, torch.float32, device).cache, Pair(BASE, torch.float32, device).cache
     old = [tuple(torch.randn(1, 12, 2, 8, device=device) for _ in range(2)) for _ in range(4)]
     new = tuple(torch.randn(1, 12, 2, 8, device=device) for _ in range(2))
@@ -359,7 +359,7 @@ def test_reopening_the_window_recomputes_it(device, backend):
         for cache in (one, two):
             cache.begin_chunk(3)
             cache[0].write(*(new if cache is two and index == 3 else (k, v)))
-    one.begin_chunk(3, replace=3)
+    one.begin_chunk(3, reopen=3)
     one[0].write(*new)
     for a, b in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
         assert a[0] == b[0] and (torch.equal(a[1], b[1]) if isinstance(a[1], torch.Tensor) else a[1] == b[1])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import rfkernels as rf
-from rfkernels.geometry import WindowMask
+from rfkernels.contract.geometry import WindowMask
 
 
 def rand(*shape, seed=0, dtype=torch.float64):
@@ -113,7 +113,7 @@ def test_with_rope_it_equals_the_stream(frames, sink, window, size, device, back
 
 def test_pre_rotated_keys_do_so_only_until_the_first_eviction(device, backend):
     """Rotated at absolute frames, without a rope: sinks then stand at frame 0, not right before the window."""
-    from rfkernels import reference
+    from rfkernels.backends import reference
 
     rope, frames, sink, window = rf.Rope3D(8, 2, 2), 2, 2, 4
     total = 8 * frames * 4

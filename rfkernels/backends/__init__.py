@@ -1,139 +1,222 @@
-"""The backends in one table, and the choice between them.
+"""Which backend serves a call: one table, and the choice made from it.
 
-A backend is a module with the functions of `reference` below; a new one is a module and a row. The public functions
-resolve the backend once and pass its name into the op, so that a backward pass, which may run in another thread and
-outside the context manager, uses the same one.
+A backend is a module with the functions of `reference`: each operation as a function of one request, and two predicates
+that return a reason or None, ``unavailable(device)`` and ``unsupported(operation, dtype, head_dim)``. A new one is a
+folder and a row of ``_MODULES``. The public functions choose once and pass the name into the op, so that a backward
+pass, which may run in another thread and outside the context manager, uses the same one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from .. import native
 from . import cuda, reference, sdpa, triton
 
-
-def _serves_all(dtype: torch.dtype, head_dim: int | None) -> str | None:
-    return None
-
-
-@dataclass(frozen=True)
-class Backend:
-    """module: its functions. note: what explain_backends adds.
-
-    why_not: why it cannot run on a device, or None. refuses: why it does not serve a dtype and head_dim, or None.
-    yields: why auto, where Triton runs too, takes Triton, or None.
-    """
-
-    module: ModuleType
-    why_not: Callable[[torch.device], str | None]
-    note: str
-    refuses: Callable[[torch.dtype, int | None], str | None] = _serves_all
-    yields: Callable[[torch.device], str | None] = lambda device: None
-
-
 _NATIVE = "compiled CPU loops" if native.missing is None else f"no compiled CPU loops: {native.missing}"
-
-_TABLE: dict[str, Backend] = {
-    "reference": Backend(reference, lambda device: None, "plain PyTorch, any device; the definition, slow"),
-    "sdpa": Backend(
-        sdpa, lambda device: None, f"torch's scaled_dot_product_attention, any device; on the CPU {_NATIVE}"
-    ),
-    "triton": Backend(
-        triton, triton.why_not, "Triton kernels, on CUDA devices (interpreted on a CPU, for tests)", triton.refuses
-    ),
-    "cuda": Backend(
-        cuda, cuda.why_not, f"CUDA C++ kernels, built for {native.cuda_architectures}", cuda.refuses, cuda.yields
-    ),
+_MODULES: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "triton": triton, "cuda": cuda}
+_NOTES = {
+    "reference": "plain PyTorch, any device; the definition, slow",
+    "sdpa": f"torch's scaled_dot_product_attention, any device; on the CPU {_NATIVE}",
+    "triton": "Triton kernels, on CUDA devices (interpreted on a CPU, for tests)",
+    "cuda": f"CUDA C++ kernels, built for {native.cuda_architectures}",
 }
 
-# First that can run wins, by type of device. Measured on a CPU only (benchmarks/README.md).
-_AUTO: dict[str, tuple[str, ...]] = {"cuda": ("cuda", "triton", "sdpa", "reference")}
-_AUTO_ELSEWHERE: tuple[str, ...] = ("sdpa", "reference")
 
-_chosen: str | None = None  # a plain global: torch.compile guards it
-
-
-def get(name: str) -> ModuleType:
-    """The module of a backend, by the name that an op carries."""
-    if name not in _TABLE:
-        raise ValueError(f"backend must be one of {sorted(_TABLE)}, got {name!r}")
-    return _TABLE[name].module
-
-
-def resolve(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
-    """The backend for tensors like these: the named one (which never falls back), else the first of `auto`.
+def module(name: str) -> ModuleType:
+    """The module of a backend, by the name that an op carries.
 
     Raises:
-        ValueError: the named backend does not run on the device, or does not serve the dtype or head_dim.
+        ValueError: an unknown name.
     """
-    if _chosen is None:
-        return _first(device, dtype, head_dim)
-    reason = _TABLE[_chosen].why_not(device) or _TABLE[_chosen].refuses(dtype, head_dim)
-    if reason is not None:
-        raise ValueError(f"backend {_chosen!r} cannot do this: {reason}")
-    return _chosen
+    if name not in _MODULES:
+        raise ValueError(f"backend must be one of {sorted(_MODULES)}, got {name!r}")
+    return _MODULES[name]
 
 
-def _first(device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> str:
-    serving = [
-        name
-        for name in _AUTO.get(device.type, _AUTO_ELSEWHERE)
-        if _TABLE[name].why_not(device) is None and _TABLE[name].refuses(dtype, head_dim) is None
-    ]
-    if not serving:
-        raise ValueError(f"no backend runs on {device}")
-    first = serving[0]
-    if first == "cuda" and "triton" in serving and _TABLE[first].yields(device) is not None:
-        return "triton"
-    return first
+# --- auto -------------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A candidate; kernels: only where the backend's forward kernels are of this generation."""
+
+    backend: str
+    kernels: str | None = None
+
+
+_CACHE = ("begin_chunk", "write", "redmd_loss")
+_FORWARD = ("streaming_attention", "chunk_attention", "sink_window_attention")
+_BACKWARD = ("chunk_attention_backward", "sink_window_attention_backward")
+OPERATIONS = (*_CACHE, *_FORWARD, *_BACKWARD)
+
+_ANY = (Row("sdpa"), Row("reference"))
+_COMPILED_FIRST = (Row("cuda"), Row("triton"), *_ANY)
+_TRITON_FIRST = (Row("triton"), Row("cuda"), *_ANY)
+
+
+def _orders(forward: tuple[Row, ...], backward: tuple[Row, ...], cache: tuple[Row, ...]) -> dict[str, tuple[Row, ...]]:
+    kinds = ((_CACHE, cache), (_FORWARD, forward), (_BACKWARD, backward))
+    return {operation: order for operations, order in kinds for operation in operations}
+
+
+# The first that serves wins: by kind of device and family of architecture (`family`), then by operation. On the CPU the
+# order is measured (benchmarks/README.md); elsewhere it follows from what the kernels are made of: for 9.x ours have
+# wgmma forward (if built for 9.0a) and Triton's have it both ways; for 10.x only Triton's use its tensor cores fully.
+_AUTO: dict[str, dict[str, tuple[Row, ...]]] = {
+    "cpu": _orders(_ANY, _ANY, _ANY),
+    "cuda 8.x": _orders(_COMPILED_FIRST, _COMPILED_FIRST, _COMPILED_FIRST),
+    "cuda 9.x": _orders((Row("cuda", "wgmma"), *_TRITON_FIRST), _TRITON_FIRST, _COMPILED_FIRST),
+    "cuda 10.x": _orders(_TRITON_FIRST, _TRITON_FIRST, _COMPILED_FIRST),
+    "cuda 11.x": _orders(_TRITON_FIRST, _TRITON_FIRST, _COMPILED_FIRST),
+    "cuda 12.x": _orders(_COMPILED_FIRST, _COMPILED_FIRST, _COMPILED_FIRST),
+}
+_ELSEWHERE = _orders(_TRITON_FIRST, _TRITON_FIRST, _TRITON_FIRST)
+_MEASURED = ("cpu",)
+
+
+def family(device: torch.device) -> str:
+    """The row of the table for a device: its kind, and for NVIDIA GPUs the major version of their architecture."""
+    if device.type == "cuda" and torch.version.cuda and torch.cuda.is_available():
+        return f"cuda {torch.cuda.get_device_capability(device)[0]}.x"
+    return device.type
+
+
+class Choice(NamedTuple):
+    """The backend of a call, and whether it wants to know from the host that the window is full."""
+
+    backend: str
+    reads_full: bool
+
+
+class _Block:
+    """One `use_backend` block."""
+
+    def __init__(self, name: str | None):
+        self.name = name
+
+
+class _Thread(threading.local):
+    """The open blocks of a thread, the innermost last. What they say is in `_named`, which torch.compile guards."""
+
+    blocks: tuple[_Block, ...] = ()
+
+
+_thread = _Thread()
+_named = threading.local()  # .backend, absent where no block is open; dynamo guards a plain local's attribute by thread
+_choices: dict[tuple, Choice] = {}  # every choice that was made
+
+
+def choose(
+    operation: str, device: torch.device, dtype: torch.dtype, head_dim: int | None, backend: str | None = None
+) -> Choice:
+    """The backend for one call: ``backend``, else the one of the innermost `use_backend`, else by `auto`.
+
+    A named backend never falls back.
+
+    Args:
+        operation: one of ``OPERATIONS``. head_dim: None for the loss, which has no heads.
+
+    Raises:
+        ValueError: an unknown name, or a named backend that does not run on the device or serve the call.
+    """
+    return _choose(operation, device, dtype, head_dim, backend or getattr(_named, "backend", None))
+
+
+def _choose(
+    operation: str, device: torch.device, dtype: torch.dtype, head_dim: int | None, named: str | None
+) -> Choice:
+    key = (operation, device, dtype, head_dim, named)
+    if key not in _choices:
+        name = _first(operation, device, dtype, head_dim) if named in (None, "auto") else named
+        reason = _refusal(name, operation, device, dtype, head_dim)
+        if reason is not None:
+            raise ValueError(f"backend {name!r} cannot do this: {reason}")
+        reads_full = getattr(module(name), "reads_full", None)
+        _choices[key] = Choice(name, reads_full is not None and reads_full(device))
+    return _choices[key]
+
+
+# What torch.compiler.assume_constant_result sets, which imports the compiler: predicates look at the device and at
+# Triton's settings, which cannot be traced. Their arguments are constants of the trace, or guarded.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _refusal(name: str, operation: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
+    backend = module(name)
+    return backend.unavailable(device) or backend.unsupported(operation, dtype, head_dim)
+
+
+def _order(operation: str, device: torch.device) -> tuple[Row, ...]:
+    return _AUTO.get(family(device), _ELSEWHERE)[operation]
+
+
+def _first(operation: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str:
+    for name, kernels in _order(operation, device):
+        if _refusal(name, operation, device, dtype, head_dim) is None:
+            if kernels is None or module(name).forward_kernels(device) == kernels:
+                return name
+    raise ValueError(f"no backend runs on {device}")
+
+
+# --- what users ask ---------------------------------------------------------------------------------------------------
 
 
 def available_backends(device: torch.device | str | None = None) -> list[str]:
     """Names of the backends that work on ``device`` (default: cuda where there is one, else cpu)."""
     device = _default_device(device)
-    return [name for name, backend in _TABLE.items() if backend.why_not(device) is None]
+    return [name for name, backend in _MODULES.items() if backend.unavailable(device) is None]
 
 
 def explain_backends(device: torch.device | str | None = None) -> dict[str, str]:
     """For each backend, and for ``auto``, what it is here or why it does not work here."""
     device = _default_device(device)
     rows = {}
-    for name, backend in _TABLE.items():
-        why_not = backend.why_not(device)
-        rows[name] = f"available: {backend.note}" if why_not is None else f"not available: {why_not}"
-    yielding = _TABLE["cuda"].why_not(device) is None and _TABLE["cuda"].yields(device)
-    if yielding:
-        rows["cuda"] += f"; auto takes Triton first where it runs: {yielding}"
-    measured = "" if device.type == "cpu" else " (order not measured)"
-    rows["auto"] = f"on {device.type}: {_first(device, torch.bfloat16)}{measured}"
+    for name, backend in _MODULES.items():
+        reason = backend.unavailable(device)
+        rows[name] = f"available: {_NOTES[name]}" if reason is None else f"not available: {reason}"
+    chosen: dict[str, list[str]] = {}
+    for operation in OPERATIONS:
+        head_dim = None if operation == "redmd_loss" else 128
+        chosen.setdefault(_first(operation, device, torch.bfloat16, head_dim), []).append(operation)
+    served = " and ".join(
+        name if len(chosen) == 1 else f"{name} for {', '.join(operations)}" for name, operations in chosen.items()
+    )
+    measured = "" if family(device) in _MEASURED else " (not measured)"
+    rows["auto"] = f"on {family(device)}: {served}{measured}"
     return rows
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block every rfkernels op uses the backend ``name`` ("auto": the default choice).
+    """Within the block every rfkernels op of this thread uses the backend ``name`` ("auto": the default choice).
 
-    Process-wide, like torch's own backend switches. Ops remember their backend for the backward pass.
+    Blocks may nest and, in generators, overlap: the one that was opened last and is still open decides. Other threads
+    are not affected. Ops remember their backend for the backward pass, wherever that runs.
 
     Raises:
         ValueError: an unknown name, or a backend that works on no device here.
     """
-    global _chosen
-    if name != "auto" and name not in _TABLE:
-        raise ValueError(f'backend must be "auto" or one of {sorted(_TABLE)}, got {name!r}')
+    if name != "auto" and name not in _MODULES:
+        raise ValueError(f'backend must be "auto" or one of {sorted(_MODULES)}, got {name!r}')
     if name != "auto" and name not in available_backends():
         raise ValueError(f"backend {name!r} is {explain_backends()[name]}")  # "not available: " and why
-    previous, _chosen = _chosen, None if name == "auto" else name
+    block = _Block(name)
+    _set_blocks((*_thread.blocks, block))
     try:
         yield
     finally:
-        _chosen = previous
+        _set_blocks(tuple(other for other in _thread.blocks if other is not block))
+
+
+def _set_blocks(blocks: tuple[_Block, ...]) -> None:
+    _thread.blocks = blocks
+    _named.backend = blocks[-1].name if blocks else None
 
 
 def _default_device(device: torch.device | str | None) -> torch.device:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import torch
 
-from .. import native, reference
-from ..arguments import CacheTensors, Past, open_frames
-from ..geometry import CacheGeometry, WindowMask
-from ..rope import NO_ROPE, RopeTables
+from .. import native
+from . import reference
+from ..contract.requests import CacheTensors, Past, RopeTables, open_frames
+from ..contract.geometry import CacheGeometry, WindowMask
 
 _ops = torch.ops.rfkernels_native
 
 _DTYPES = (torch.float16, torch.bfloat16)
+NO_ROPE = (None, None, False)
 _NO_MASK = (0, 1, 1, 1, True)
 
 
-def why_not(device: torch.device) -> str | None:
+def unavailable(device: torch.device) -> str | None:
     """Why the kernels do not run on ``device``, or None."""
     if native.cuda_missing is not None:
         return native.cuda_missing
@@ -38,7 +39,7 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def refuses(dtype: torch.dtype, head_dim: int | None) -> str | None:
+def unsupported(operation: str, dtype: torch.dtype, head_dim: int | None) -> str | None:
     """Why the kernels do not serve a dtype and head_dim, or None. head_dim None: the loss, which has none."""
     if head_dim is None:
         return None if dtype != torch.float64 else "the CUDA loss serves float16, bfloat16 and float32, got float64"
@@ -200,3 +201,8 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def forward_kernels(device: torch.device) -> str:
+    """The generation of the kernels that serve the forward pass there."""
+    return "mma.sync"

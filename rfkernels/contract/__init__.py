@@ -1,1 +1,1 @@
-"""What the public functions and the backends agree on: where frames lie, the request of each operation, the torch ops."""
+"""What public functions and backends agree on: where frames lie, each operation's request, the torch ops."""

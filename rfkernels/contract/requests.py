@@ -175,7 +175,7 @@ class MergeAttention(NamedTuple):
     lse2: Tensor
 
 
-class ReDMDLoss(NamedTuple):
+class ReDMD(NamedTuple):
     """The Re-DMD loss of latents ``[B, ...]`` of one shape, and its gradient in x (paper, section 3.3).
 
     weight: ``[B]`` in float32 (float64). mask: bool of x's shape.

@@ -45,7 +45,7 @@ def fields(request: type) -> list[Field]:
 
 
 def leaves(request: type, optional: bool = False) -> list[Field]:
-    """The leaves of a request class in the order of an op's arguments; a name that is taken gets its parent's before."""
+    """The leaves of a request class in the order of an op's arguments; a taken name gets its parent's before it."""
     found: list[Field] = []
     for field in fields(request):
         if isinstance(field.kind, str):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from .. import checks
-from ..arguments import accumulate_dtype
+from ..contract.requests import accumulate_dtype
 from ..draws import Generators, draw
 from .schedule import FlowMatchSchedule
 

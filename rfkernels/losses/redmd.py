@@ -7,7 +7,8 @@ import math
 import torch
 
 from .. import backends, checks
-from ..arguments import accumulate_dtype
+from ..contract import ops
+from ..contract.requests import ReDMD, accumulate_dtype
 
 
 def redmd_loss(
@@ -21,6 +22,7 @@ def redmd_loss(
     fake_uncond: torch.Tensor | None = None,
     fake_guidance_scale: float = 0.0,
     mask: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """The Re-DMD loss with given weights, fused: two passes over memory, at most two latents of extra memory.
 
@@ -35,20 +37,22 @@ def redmd_loss(
             (no guidance).
         weight: ``[B]``, w_b, e.g. ``exp(beta * reward)``.
         mask: bool, broadcastable to x.
+        backend: for this call; default as in `use_backend`.
 
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    args = (x, fake, real_cond, real_uncond, weight, guidance_scale, fake_uncond, fake_guidance_scale, mask)
-    return _redmd(*args)[0]
+    request = ReDMD(
+        x, fake, real_cond, real_uncond, fake_uncond, weight, mask, guidance_scale, fake_guidance_scale, need_grad=True
+    )
+    return _redmd(request, backend)[0]
 
 
-def _redmd(
-    x, fake, real_cond, real_uncond, weight, guidance_scale, fake_uncond, fake_guidance_scale, mask
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The checked loss, and its gradient in x (empty where x wants none)."""
+def _redmd(request: ReDMD, backend: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Checks; the loss, and its gradient in x (empty where x wants none)."""
+    x, weight, mask = request.x, request.weight, request.mask
     _check_x(x)
-    latents = {"fake": fake, "real_cond": real_cond, "real_uncond": real_uncond, "fake_uncond": fake_uncond}
+    latents = {name: getattr(request, name) for name in ("fake", "real_cond", "real_uncond", "fake_uncond")}
     for name, latent in latents.items():
         if latent is not None:
             checks.tensor(name, latent, device=x.device)
@@ -56,14 +60,15 @@ def _redmd(
                 raise ValueError(f"{name} must have x's shape {tuple(x.shape)}, got {tuple(latent.shape)}")
     checks.tensor("weight", weight, 1, x.device)
     checks.shape("weight", weight, batch=x.shape[0])
-    if mask is not None:
-        mask = checks.mask(mask, x)
-    need_grad = torch.is_grad_enabled() and x.requires_grad
-    return torch.ops.rfkernels.redmd_loss(
-        x, *(None if latent is None else latent.detach() for latent in latents.values()),
-        weight.detach().to(accumulate_dtype(x.dtype)), mask, float(guidance_scale), float(fake_guidance_scale),
-        need_grad, backends.resolve(x.device, x.dtype),
-    )  # fmt: skip
+    request = request._replace(
+        weight=weight.detach().to(accumulate_dtype(x.dtype)),
+        mask=None if mask is None else checks.mask(mask, x),
+        guidance_scale=float(request.guidance_scale),
+        fake_guidance_scale=float(request.fake_guidance_scale),
+        need_grad=torch.is_grad_enabled() and x.requires_grad,
+        **{name: None if latent is None else latent.detach() for name, latent in latents.items()},
+    )
+    return ops.redmd_loss(request, backends.choose("redmd_loss", x.device, x.dtype, None, backend).backend)
 
 
 def _check_x(x: torch.Tensor) -> None:
@@ -131,6 +136,7 @@ class ReDMDLoss(torch.nn.Module):
         fake_uncond: torch.Tensor | None = None,
         sample_weight: torch.Tensor | None = None,
         return_metrics: bool = False,
+        backend: str | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss, and with ``return_metrics`` a dict of tensors on the device (nothing is read by the host).
 
@@ -161,9 +167,11 @@ class ReDMDLoss(torch.nn.Module):
             checks.tensor("sample_weight", sample_weight, 1, weight.device)
             checks.shape("sample_weight", sample_weight, batch=len(weight))
             weight = weight * sample_weight.detach()
-        loss, grad = _redmd(
-            x, fake, real_cond, real_uncond, weight, self.guidance_scale, fake_uncond, self.fake_guidance_scale, mask
-        )
+        request = ReDMD(
+            x, fake, real_cond, real_uncond, fake_uncond, weight, mask, self.guidance_scale, self.fake_guidance_scale,
+            need_grad=True,
+        )  # fmt: skip
+        loss, grad = _redmd(request, backend)
         if not return_metrics:
             return loss
         metrics = {"weight": weight, "effective_sample_size": effective_sample_size(weight)}

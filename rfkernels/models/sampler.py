@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .. import checks
-from ..arguments import accumulate_dtype
+from ..contract.requests import accumulate_dtype
 from ..draws import draw, keyed_generator
 from ..losses.schedule import FlowMatchSchedule
 from .wan import KV, CausalWan
@@ -124,7 +124,7 @@ class StreamingSampler:
             timesteps = (level, *(t for t in timesteps if t < level))
         if frames is None:
             frames = self._next_frames()
-        checks.integer("frames", frames, 1, self.cache.geometry.window_frames)
+        checks.integer("frames", frames, 1, self.cache.window_frames)
         kv = self._encoded(context)
         noise = self._noise(frames, generator)
         self._begin(frames)
@@ -198,7 +198,7 @@ class StreamingSampler:
         if self._unfinished:
             raise ValueError("the last chunk has failed: run step again, or restore a snapshot, before switching")
         if recompute and window.shape[1]:
-            self.cache.begin_chunk(window.shape[1], replace=window.shape[1])
+            self.cache.begin_chunk(window.shape[1], reopen=window.shape[1])
             self._write(window, kv, self._noise(window.shape[1], again=1))
 
     def _next_frames(self) -> int:
@@ -207,13 +207,13 @@ class StreamingSampler:
     def _begin(self, frames: int) -> None:
         if self._unfinished not in (0, frames):
             raise ValueError(f"frames must be {self._unfinished}, those of the chunk that failed, got {frames}")
-        self.cache.begin_chunk(frames, replace=self._unfinished)
+        self.cache.begin_chunk(frames, reopen=self._unfinished)
         self._unfinished = frames
 
     def _finish(self, clean: torch.Tensor, kv: Sequence[KV], noise: Iterator[torch.Tensor]) -> None:
         """The pass that leaves the clean chunk in the cache."""
         self._write(clean, kv, noise)
-        self._recent = torch.cat([self._recent, clean], 1)[:, -self.cache.geometry.window_frames :].contiguous()
+        self._recent = torch.cat([self._recent, clean], 1)[:, -self.cache.window_frames :].contiguous()
         self.chunk, self.frames, self._unfinished = self.chunk + 1, self.frames + clean.shape[1], 0
 
     def _write(self, clean: torch.Tensor, kv: Sequence[KV], noise: Iterator[torch.Tensor]) -> None:
@@ -262,8 +262,8 @@ class StreamingSampler:
     @torch.no_grad()
     def reset(self, keep_sink: bool = False) -> None:
         """Starts another video. keep_sink: the sink frames stay, as if they were its first frames."""
-        cache, tokens = self.cache, self.cache.geometry.frame_tokens
-        kept = min(self.frames, cache.geometry.sink_frames) if keep_sink else 0
+        cache, tokens = self.cache, self.cache.frame_tokens
+        kept = min(self.frames, cache.sink_frames) if keep_sink else 0
         k, v = (None if x is None else x.clone() for x in (cache.sink_k, cache.sink_v))
         fixed = cache.k[:, :, : kept * tokens].clone()  # sinks that never move have no un-rotated keys
         cache.reset()

@@ -17,11 +17,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import checks
-from ..arguments import accumulate_dtype
+from ..contract.requests import accumulate_dtype
 from ..attention import chunk_attention, merge_attention, sink_window_attention, streaming_attention
 from ..cache import EMASinkCache
 from ..contexts import Context
-from ..geometry import CacheGeometry
 from ..rope import Rope3D
 from .config import CausalWanConfig
 
@@ -339,15 +338,15 @@ class CausalWan(nn.Module):
                 )
         if cache is not None:
             self._check_layers("cache", cache)
-            cache.require_chunk()
-            self._check_past(latents, tokens, cache.geometry, cache.batch_size, cache.open_frames)
+            cache._require_chunk()
+            self._check_past(latents, tokens, cache.frame_tokens, cache.batch_size, cache.open_frames)
             if self.checkpointing and torch.is_grad_enabled():
                 raise ValueError("checkpointing needs contexts instead of cache: a recomputed pass must not write")
             return [partial(streaming_attention, layer=cache[i]) for i in range(layers)]
         if contexts is not None:
             self._check_layers("contexts", contexts)
             first = contexts[0]
-            self._check_past(latents, tokens, first.geometry, first.past.num_frames.shape[0], first.frames)
+            self._check_past(latents, tokens, first.geometry.frame_tokens, first.batch_size, first.frames)
             return [partial(chunk_attention, context=past) for past in contexts]
         rope = self.rope(*latents.shape[-2:])
         if mask is None:
@@ -359,11 +358,11 @@ class CausalWan(nn.Module):
         if len(layers) != self.config.num_layers:
             raise ValueError(f"{name} must have {what}{self.config.num_layers} layers, got {len(layers)}")
 
-    def _check_past(self, latents: torch.Tensor, tokens: int, geometry: CacheGeometry, batch: int, frames: int) -> None:
+    def _check_past(self, latents: torch.Tensor, tokens: int, frame_tokens: int, batch: int, frames: int) -> None:
         """``batch`` and ``frames`` are those of the open chunk."""
         got = (*latents.shape[:2], tokens)
-        if got != (batch, frames, geometry.frame_tokens):
-            allowed = f"{batch} streams of {frames} open frames of {geometry.frame_tokens} tokens"
+        if got != (batch, frames, frame_tokens):
+            allowed = f"{batch} streams of {frames} open frames of {frame_tokens} tokens"
             raise ValueError(f"latents must have the cache's {allowed}, got {got[0]}, {got[1]} and {got[2]}")
 
     def _check_latents(self, name: str, latents: torch.Tensor) -> torch.Size:

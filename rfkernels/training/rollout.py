@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from .. import checks
-from ..arguments import accumulate_dtype
+from ..contract.requests import accumulate_dtype
 from ..draws import Generators, draw
 from ..losses.schedule import FlowMatchSchedule
 from ..models.wan import CausalWan

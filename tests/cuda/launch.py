@@ -7,7 +7,7 @@ from ctypes import c_bool, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-from rfkernels.geometry import WindowMask
+from rfkernels.contract.geometry import WindowMask
 from rfkernels.rope import RopeTables
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}

@@ -6,9 +6,9 @@ import torch
 
 from cuda.backward import backward
 from cuda.test_forward import padded, tables
-from rfkernels import reference
-from rfkernels.arguments import Past, open_frames
-from rfkernels.geometry import CacheGeometry, WindowMask
+from rfkernels.backends import reference
+from rfkernels.contract.geometry import CacheGeometry, WindowMask
+from rfkernels.contract.requests import Past, open_frames
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

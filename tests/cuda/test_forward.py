@@ -8,9 +8,9 @@ import torch
 
 import rfkernels as rf
 from cuda.launch import SHORT, forward
-from rfkernels import reference
-from rfkernels.arguments import Past
-from rfkernels.geometry import CacheGeometry, WindowMask
+from rfkernels.backends import reference
+from rfkernels.contract.geometry import CacheGeometry, WindowMask
+from rfkernels.contract.requests import Past
 
 BF16, FP16 = torch.bfloat16, torch.float16
 each_kernel = pytest.mark.parametrize("hopper", [False, True], ids=["sm_80", "sm_90a"])

@@ -10,7 +10,7 @@ import rfkernels as rf
 from cuda.conftest import cuda_ptx
 from cuda.launch import forward
 from cuda.test_forward_counts import KEYS, QUERIES, launch
-from rfkernels.geometry import WindowMask
+from rfkernels.contract.geometry import WindowMask
 
 NAME, HEAD_DIM, TILE_KEYS = "hopper/bf16_d128", 128, 128
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rfkernels.backends import cuda
-from rfkernels.geometry import WindowMask
+from rfkernels.contract.geometry import WindowMask
 
 KB = 1 << 10
 GPUS = {  # multiprocessors, bytes of shared memory of one, and what one block may have of them

@@ -12,54 +12,64 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import native, reference
-from ..arguments import CacheTensors, Past, accumulate_dtype, open_frames
-from ..geometry import CacheGeometry, WindowMask
-from ..rope import NO_ROPE, RopeTables
+from ... import native
+from ...contract.geometry import CacheGeometry, WindowMask
+from ...contract.requests import (
+    BeginChunk,
+    ChunkAttention,
+    ChunkGradients,
+    MergeAttention,
+    Past,
+    ReDMD,
+    RopeTables,
+    Rotate,
+    StreamingAttention,
+    WindowAttention,
+    WindowGradients,
+    Write,
+    accumulate_dtype,
+    open_frames,
+)
+from ...contract.schemas import flattener
+from .. import reference
 from . import dense
 
 _native = torch.ops.rfkernels_native
+_flat_begin_chunk, _flat_write, _flat_rotate = flattener(BeginChunk), flattener(Write), flattener(Rotate)
+_flat_streaming, _flat_loss = flattener(StreamingAttention), flattener(ReDMD)
 _MASKED_QUERIES = 128  # queries a masked block holds: a mask this tall costs little beside its scores
+
+
+def unavailable(device: torch.device) -> str | None:
+    return None
+
+
+def unsupported(operation: str, dtype: torch.dtype, head_dim: int | None) -> str | None:
+    return None
+
+
+def reads_full(device: torch.device) -> bool:
+    """Whether attention on ``device`` profits from the host's knowledge that every stream has filled its window."""
+    return device.type != "cpu"
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def begin_chunk(
-    cache: CacheTensors,
-    num_frames: torch.Tensor,
-    new_frames: int,
-    advancing: torch.Tensor | None,
-    decay: torch.Tensor | None,
-    rope: RopeTables | None,
-    geometry: CacheGeometry,
-    before_window: bool,
-) -> None:
-    if not native.serves(cache.k):
-        return reference.begin_chunk(cache, num_frames, new_frames, advancing, decay, rope, geometry, before_window)
-    _native.begin_chunk(
-        *cache,
-        num_frames,
-        new_frames,
-        advancing,
-        decay,
-        *(rope or NO_ROPE),
-        *geometry,
-        before_window,
-    )
+def begin_chunk(request: BeginChunk) -> None:
+    if not native.serves(request.cache.k):
+        return reference.begin_chunk(request)
+    _native.begin_chunk(*_flat_begin_chunk(request))
 
 
-def write(
-    cache: CacheTensors,
-    num_frames: torch.Tensor,
-    new_k: torch.Tensor,
-    new_v: torch.Tensor,
-    rope: RopeTables | None,
-    geometry: CacheGeometry,
-) -> None:
-    if not native.serves(cache.k):
-        return reference.write(cache, num_frames, new_k, new_v, rope, geometry)
-    _native.write(*cache, num_frames, _rows(new_k), _rows(new_v), *(rope or NO_ROPE), *geometry)
+def write(request: Write) -> None:
+    if not native.serves(request.cache.k):
+        return reference.write(request)
+    _native.write(*_flat_write(_readable(request)))
+
+
+def _readable(request: Write) -> Write:
+    return request._replace(new_k=_rows(request.new_k), new_v=_rows(request.new_v))
 
 
 def rotate(
@@ -74,28 +84,14 @@ def rotate(
     """`reference.rotate`, compiled where that is possible."""
     if rope is None or not native.serves(x):
         return reference.rotate(x, frames, rope, first_token=first_token, inverse=inverse, dtype=dtype)
-    return _native.rotate(
-        _rows(x),
-        frames,
-        first_token,
-        rope.frame_tokens,
-        rope.frame_turns,
-        rope.spatial,
-        rope.half_split,
-        inverse,
-        dtype,
-    )
+    return _native.rotate(*_flat_rotate(Rotate(_rows(x), frames, first_token, rope, inverse, dtype)))
 
 
-def redmd_loss(
-    x, fake, real_cond, real_uncond, fake_uncond, weight, mask, guidance_scale, fake_guidance_scale, need_grad
-):
-    latents = (x, fake, real_cond, real_uncond, fake_uncond)
-    if not native.serves(x):
-        return reference.redmd_loss(*latents, weight, mask, guidance_scale, fake_guidance_scale, need_grad)
-    latents = (None if latent is None else latent.contiguous() for latent in latents)
-    mask = None if mask is None else mask.contiguous()
-    return _native.redmd_loss(*latents, weight.contiguous(), mask, guidance_scale, fake_guidance_scale, need_grad)
+def redmd_loss(request: ReDMD) -> tuple[torch.Tensor, torch.Tensor]:
+    if not native.serves(request.x):
+        return reference.redmd_loss(request)
+    contiguous = (x.contiguous() if isinstance(x, torch.Tensor) else x for x in request)
+    return _native.redmd_loss(*_flat_loss(ReDMD(*contiguous)))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -124,19 +120,21 @@ def _same_age(num_frames: torch.Tensor, frames: int, geometry: CacheGeometry) ->
     ]
 
 
-def streaming_attention(q, new_k, new_v, cache, num_frames, rope, geometry, scale, full, return_lse):
+def streaming_attention(request: StreamingAttention) -> tuple[torch.Tensor, torch.Tensor]:
+    q, scale = request.q, request.scale
+    cache, num_frames, _, _, rope, geometry = request.write
     k, v = cache.k, cache.v
     if native.serves(k) and q.shape[2] == k.shape[2]:
         ages = num_frames.tolist()
         if min(ages) == max(ages) >= q.shape[1] // geometry.frame_tokens:
             return _native.streaming_attention(
-                _rows(q), _rows(new_k), _rows(new_v), *cache, num_frames, *(rope or NO_ROPE), *geometry, scale
+                *_flat_streaming(request._replace(q=_rows(q), write=_readable(request.write)))
             )
-    write(cache, num_frames, new_k, new_v, rope, geometry)
+    write(request.write)
     frames = open_frames(num_frames, q.shape[1] // geometry.frame_tokens)
     q = rotate(q, frames, rope, dtype=k.dtype)
     if not dense.on_cpu(k):
-        return _attend_masked(q, k, v, num_frames, frames, geometry, scale, full, return_lse)
+        return _attend_masked(request, q, frames)
     groups = _same_age(num_frames, frames.shape[1], geometry)
     if len(groups) == 1 and groups[0].missing_tokens == 0:
         tokens = groups[0].valid_frames * geometry.frame_tokens
@@ -149,14 +147,17 @@ def streaming_attention(q, new_k, new_v, cache, num_frames, rope, geometry, scal
     return out, lse
 
 
-def _attend_masked(q, k, v, num_frames, frames, geometry, scale, full, return_lse):
-    """Without reading a length: the whole buffer, under a mask until every stream has filled it."""
-    if full:
-        return dense.attend(q, k, v, scale, return_lse=return_lse)
+def _attend_masked(
+    request: StreamingAttention, q: torch.Tensor, frames: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Without reading a length: the whole buffer, under a mask until every stream has filled it. q: rotated."""
+    k, v, geometry = request.write.cache.k, request.write.cache.v, request.write.geometry
+    if request.full:
+        return dense.attend(q, k, v, request.scale, return_lse=request.return_lse)
     keys = torch.arange(k.shape[1], device=k.device)
-    seen = keys < geometry.valid_frames(num_frames)[:, None] * geometry.frame_tokens
+    seen = keys < geometry.valid_frames(request.write.num_frames)[:, None] * geometry.frame_tokens
     present = (frames >= 0).repeat_interleave(geometry.frame_tokens, 1)
-    return dense.attend(q, k, v, scale, present[:, :, None] & seen[:, None, :], return_lse)
+    return dense.attend(q, k, v, request.scale, present[:, :, None] & seen[:, None, :], request.return_lse)
 
 
 def _empty_rows(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,39 +178,30 @@ class _ChunkPart:
 
 def _chunk_parts(k: torch.Tensor, v: torch.Tensor, past: Past, geometry: CacheGeometry) -> Iterator[_ChunkPart]:
     """k (rotated) and v: the chunk's own. Past frames are joined to them for as long as the call lasts."""
-    batch, own = k.shape[:2]
-    frames, stored = own // geometry.frame_tokens, len(past.k) // batch
+    frames = k.shape[1] // geometry.frame_tokens
     if dense.on_cpu(k):
         for group in _same_age(past.num_frames, frames, geometry):
             rows = slice(group.missing_tokens, None)
-            count = max(0, group.valid_frames - frames)
-            chosen = [b * stored + p for b in range(batch)[group.samples] for p in range(count)]
-            joined = []
-            for new, pages in ((k, past.k), (v, past.v)):
-                new = new[group.samples, rows]
-                if count:
-                    old = torch.stack([pages[i] for i in chosen]).unflatten(0, (-1, count)).flatten(1, 2)
-                    new = torch.cat([new, old], 1)
-                joined.append(new)
-            yield _ChunkPart(group.samples, rows, *joined, None)
+            count = max(0, group.valid_frames - frames) * geometry.frame_tokens
+            at = group.samples
+            joined = (torch.cat([x[at, rows], old[at, :count]], 1) for x, old in ((k, past.k), (v, past.v)))
+            yield _ChunkPart(at, rows, *joined, None)
         return
     visible = None
     if not past.full:
         present = (open_frames(past.num_frames, frames) >= 0).repeat_interleave(geometry.frame_tokens, 1)
         valid = (geometry.valid_frames(past.num_frames) - frames).clamp(min=0) * geometry.frame_tokens
-        old = torch.arange(stored * geometry.frame_tokens, device=k.device) < valid[:, None]
+        old = torch.arange(past.k.shape[1], device=k.device) < valid[:, None]
         visible = present[:, :, None] & torch.cat([present, old], 1)[:, None, :]
-    if stored:
-        past_k, past_v = reference.past_tensors(past)
-        k, v = torch.cat([k, past_k], 1), torch.cat([v, past_v], 1)
-    yield _ChunkPart(slice(None), slice(None), k, v, visible)
+    yield _ChunkPart(slice(None), slice(None), torch.cat([k, past.k], 1), torch.cat([v, past.v], 1), visible)
 
 
-def chunk_attention(q, k, v, past, rope, geometry, scale):
-    frames = open_frames(past.num_frames, q.shape[1] // geometry.frame_tokens)
-    q, k = (rotate(x, frames, rope, dtype=past.dtype) for x in (q, k))
+def chunk_attention(request: ChunkAttention) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v, past, rope, geometry, scale = request
+    dtype, frames = past.k.dtype, open_frames(past.num_frames, q.shape[1] // geometry.frame_tokens)
+    q, k = (rotate(x, frames, rope, dtype=dtype) for x in (q, k))
     out, lse = _empty_rows(q)
-    for part in _chunk_parts(k, reference.store(v, past.dtype), past, geometry):
+    for part in _chunk_parts(k, reference.store(v, dtype), past, geometry):
         queries = q[part.samples, part.rows]
         out[part.samples, part.rows], lse[part.samples, :, part.rows] = dense.attend(
             queries, part.k, part.v, scale, part.visible
@@ -217,12 +209,14 @@ def chunk_attention(q, k, v, past, rope, geometry, scale):
     return out, lse
 
 
-def chunk_attention_backward(grad_out, grad_lse, q, k, v, out, lse, past, rope, geometry, scale):
-    frames = open_frames(past.num_frames, q.shape[1] // geometry.frame_tokens)
-    precision = accumulate_dtype(past.dtype)
-    rotated_q, rotated_k = (rotate(x, frames, rope, dtype=past.dtype) for x in (q, k))
+def chunk_attention_backward(request: ChunkGradients) -> tuple[torch.Tensor, ...]:
+    grad_out, grad_lse, out, lse = request.cotangents
+    q, k, v, past, rope, geometry, scale = request.forward
+    dtype, frames = past.k.dtype, open_frames(past.num_frames, q.shape[1] // geometry.frame_tokens)
+    precision = accumulate_dtype(dtype)
+    rotated_q, rotated_k = (rotate(x, frames, rope, dtype=dtype) for x in (q, k))
     grads = [torch.zeros(x.shape, dtype=precision, device=x.device) for x in (q, k, v)]
-    for part in _chunk_parts(rotated_k, reference.store(v, past.dtype), past, geometry):
+    for part in _chunk_parts(rotated_k, reference.store(v, dtype), past, geometry):
         at, rows = part.samples, part.rows
         own = k[at, rows].shape[1]
         shares = dense.backward(
@@ -262,7 +256,7 @@ def _window_blocks(mask: WindowMask, queries: int, keys: int, device: torch.devi
         start = stop
 
 
-def _window_parts(mask, rows, first, keys, device) -> list[_WindowPart]:
+def _window_parts(mask: WindowMask, rows: slice, first: int, keys: int, device: torch.device) -> list[_WindowPart]:
     head, tail = first + rows.start, first + rows.stop - 1  # the block's first and last query
     several = mask.chunk_end(head) != mask.chunk_end(tail)
     i = torch.arange(head, tail + 1, device=device)[:, None]
@@ -281,13 +275,17 @@ def _window_parts(mask, rows, first, keys, device) -> list[_WindowPart]:
     return parts
 
 
-def _query_frames(mask: WindowMask, tokens: int, queries: int, keys: int, device: torch.device):
-    """Frame numbers of the queries as window keys meet them and as sinks outside the window do (DESIGN 1.5)."""
+def _query_frames(
+    mask: WindowMask, tokens: int, queries: int, keys: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frame numbers of the queries as window keys meet them and as sinks outside the window do (docs/semantics.md)."""
     i = torch.arange(keys - queries, keys, device=device)[None]
     return i // tokens, i // tokens - mask.evicted_frames(i, tokens)
 
 
-def _rotate_queries(q, rope, mask, keys, dtype):
+def _rotate_queries(
+    q: torch.Tensor, rope: RopeTables | None, mask: WindowMask, keys: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
     if rope is None:
         return (q.to(dtype),) * 2
     first = (keys - q.shape[1]) % rope.frame_tokens
@@ -295,26 +293,32 @@ def _rotate_queries(q, rope, mask, keys, dtype):
     return tuple(rotate(q, frames, rope, first_token=first, dtype=dtype) for frames in at)
 
 
-def _unrotate_queries(grads, rope, mask, keys):
+def _unrotate_queries(
+    grads: tuple[torch.Tensor, torch.Tensor], rope: RopeTables | None, mask: WindowMask, keys: int
+) -> torch.Tensor:
     if rope is None:
-        return sum(grads)
+        return grads[0] + grads[1]
     queries = grads[0].shape[1]
     first = (keys - queries) % rope.frame_tokens
     at = _query_frames(mask, rope.frame_tokens, queries, keys, grads[0].device)
-    return sum(
+    window, sink = (
         rotate(grad, frames, rope, first_token=first, inverse=True, dtype=grad.dtype)
         for grad, frames in zip(grads, at, strict=True)
     )
+    return window + sink
 
 
-def _rotate_keys(k, rope, *, dtype, inverse=False):
+def _rotate_keys(
+    k: torch.Tensor, rope: RopeTables | None, *, dtype: torch.dtype, inverse: bool = False
+) -> torch.Tensor:
     if rope is None:
         return k.to(dtype)
     frames = torch.arange(k.shape[1], device=k.device)[None] // rope.frame_tokens
     return rotate(k, frames, rope, inverse=inverse, dtype=dtype)
 
 
-def sink_window_attention(q, k, v, rope, mask, scale):
+def sink_window_attention(request: WindowAttention) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v, mask, rope, scale = request
     keys = k.shape[1]
     q_window, q_sink = _rotate_queries(q, rope, mask, keys, v.dtype)
     k = _rotate_keys(k, rope, dtype=v.dtype)
@@ -324,13 +328,15 @@ def sink_window_attention(q, k, v, rope, mask, scale):
         for part in parts:
             queries = (q_sink if part.sink else q_window)[:, part.rows]
             result = dense.attend(queries, k[:, part.keys], v[:, part.keys], scale, part.visible)
-            merged = result if merged is None else reference.merge_attention(*merged, *result)
+            merged = result if merged is None else reference.merge_attention(MergeAttention(*merged, *result))
         if merged is not None:
             out[:, parts[0].rows], lse[:, :, parts[0].rows] = merged
     return out, lse
 
 
-def sink_window_attention_backward(grad_out, grad_lse, q, k, v, out, lse, rope, mask, scale):
+def sink_window_attention_backward(request: WindowGradients) -> tuple[torch.Tensor, ...]:
+    grad_out, grad_lse, out, lse = request.cotangents
+    q, k, v, mask, rope, scale = request.forward
     keys, precision = k.shape[1], accumulate_dtype(v.dtype)
     q_window, q_sink = _rotate_queries(q, rope, mask, keys, v.dtype)
     rotated_k = _rotate_keys(k, rope, dtype=v.dtype)
@@ -339,11 +345,8 @@ def sink_window_attention_backward(grad_out, grad_lse, q, k, v, out, lse, rope, 
     )
     for parts in _window_blocks(mask, q.shape[1], keys, q.device):
         for part in parts:
-            at, queries, grad_q = (
-                part.rows,
-                q_sink if part.sink else q_window,
-                grad_sink if part.sink else grad_window,
-            )
+            at, queries = part.rows, q_sink if part.sink else q_window
+            grad_q = grad_sink if part.sink else grad_window
             share_q, share_k, share_v = dense.backward(
                 grad_out[:, at], grad_lse[:, :, at], queries[:, at], rotated_k[:, part.keys], v[:, part.keys],
                 out[:, at], lse[:, :, at], scale, part.visible,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from ..arguments import accumulate_dtype
+from ...contract.requests import accumulate_dtype
 
 _SCORES_IN_FLIGHT = 1 << 23  # float32 scores that a backward block may hold: 32 MB
 

@@ -1,0 +1,217 @@
+"""The operators: every schema of the package, their fakes and their gradients, as a loop over requests.
+
+``torch.ops.rfkernels.*`` take a request's leaves and the backend's name, put the request together again and hand it to
+the backend's function of the same name. ``torch.ops.rfkernels_native.*`` take the same leaves without a name: compiled
+code, for the CPU and for CUDA, only adds kernels to the schemas below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .requests import (
+    BeginChunk,
+    ChunkAttention,
+    ChunkGradients,
+    MergeAttention,
+    ReDMD,
+    Rotate,
+    StreamingAttention,
+    WindowAttention,
+    WindowGradients,
+    Write,
+    accumulate_dtype,
+)
+from .schemas import arguments, flattener, leaves, unflattener
+
+Tensor = torch.Tensor
+_ATTENTION = "(Tensor out, Tensor lse)"
+_GRADIENTS = "(Tensor grad_q, Tensor grad_k, Tensor grad_v)"
+_LOSS = "(Tensor loss, Tensor grad)"
+
+
+# --- fakes: the results of a request, empty ---------------------------------------------------------------------------
+
+
+def _nothing(request: tuple) -> None:
+    return None
+
+
+def _attention(q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=accumulate_dtype(dtype))
+    return q.new_empty(q.shape, dtype=dtype), lse
+
+
+def _streaming(request: StreamingAttention) -> tuple[Tensor, Tensor]:
+    out, lse = _attention(request.q, request.write.cache.k.dtype)
+    return out, lse if request.return_lse else lse.new_empty(0)
+
+
+def _gradients(request: ChunkGradients | WindowGradients) -> tuple[Tensor, ...]:
+    forward = request.forward
+    return tuple(x.new_empty(x.shape) for x in (forward.q, forward.k, forward.v))
+
+
+def _loss(request: ReDMD) -> tuple[Tensor, Tensor]:
+    x = request.x
+    return request.weight.new_empty(()), x.new_empty(x.shape) if request.need_grad else x.new_empty(0)
+
+
+# --- the operations ---------------------------------------------------------------------------------------------------
+
+
+class Operation(NamedTuple):
+    """An op's request, what its schema returns, and its fake."""
+
+    request: type
+    returns: str
+    fake: Callable[[Any], Any]
+
+
+OPERATIONS = {
+    "begin_chunk": Operation(BeginChunk, "()", _nothing),
+    "write": Operation(Write, "()", _nothing),
+    "streaming_attention": Operation(StreamingAttention, _ATTENTION, _streaming),
+    "chunk_attention": Operation(ChunkAttention, _ATTENTION, lambda r: _attention(r.q, r.past.k.dtype)),
+    "sink_window_attention": Operation(WindowAttention, _ATTENTION, lambda r: _attention(r.q, r.v.dtype)),
+    "chunk_attention_backward": Operation(ChunkGradients, _GRADIENTS, _gradients),
+    "sink_window_attention_backward": Operation(WindowGradients, _GRADIENTS, _gradients),
+    "redmd_loss": Operation(ReDMD, _LOSS, _loss),
+}
+# What compiled code implements, for the CPU and for CUDA alike. It computes the normaliser whether asked or not.
+NATIVE = {name: OPERATIONS[name] for name in ("begin_chunk", "write", "redmd_loss")} | {
+    "streaming_attention": Operation(StreamingAttention, _ATTENTION, lambda r: _attention(r.q, r.write.cache.k.dtype)),
+    "rotate": Operation(Rotate, "Tensor", lambda r: r.x.new_empty(r.x.shape, dtype=r.dtype)),
+}
+_DIFFERENTIABLE = {"chunk_attention": ChunkGradients, "sink_window_attention": WindowGradients}
+
+Namespace = Any  # torch.ops.<name>: what it holds is defined at run time
+
+
+def define_native(namespace: str, operations: dict[str, Operation]) -> torch.library.Library:
+    """Schemas and fakes for compiled code to implement."""
+    library = torch.library.Library(namespace, "DEF")
+    for name, operation in operations.items():
+        schema = f"{name}({arguments(operation.request)}) -> {operation.returns}"
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{namespace}::{name}", _fake(operation), lib=library)
+    return library
+
+
+def _fake(operation: Operation) -> Callable:
+    build = unflattener(operation.request)
+    return lambda *flat: operation.fake(build(flat))
+
+
+def _body(name: str, operation: Operation) -> Callable:
+    """Puts the request together, finds the backend's module by its name, and calls its function."""
+    from .. import backends  # which itself uses requests
+
+    build, find, count = unflattener(operation.request), backends.module, len(leaves(operation.request))
+
+    def body(*flat: Any) -> Any:
+        return getattr(find(flat[count]), name)(build(flat))
+
+    return body
+
+
+def _streaming_body(name: str, operation: Operation) -> Callable:
+    body, wanted = _body(name, operation), len(leaves(operation.request)) - 1  # return_lse is the last leaf
+
+    def streaming(*flat: Any) -> tuple[Tensor, Tensor]:
+        out, lse = body(*flat)
+        return out, lse if flat[wanted] else lse.new_empty(0)
+
+    return streaming
+
+
+def _define_public(library: torch.library.Library) -> None:
+    for name, operation in OPERATIONS.items():
+        # A differentiable op also carries the name of the backend of its backward pass, chosen when it was called.
+        names = "str backend, str backward_backend" if name in _DIFFERENTIABLE else "str backend"
+        schema = f"{name}({arguments(operation.request)}, {names}) -> {operation.returns}"
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        body = (_streaming_body if name == "streaming_attention" else _body)(name, operation)
+        library.impl(name, body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"rfkernels::{name}", _fake(operation), lib=library)
+    from ..backends import reference
+
+    merge, build = reference.merge_attention, unflattener(MergeAttention)
+    schema = f"merge_attention({arguments(MergeAttention)}) -> {_ATTENTION}"
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl("merge_attention", lambda *flat: merge(build(flat)), "CompositeImplicitAutograd")
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def _attention_autograd(library: torch.library.Library, name: str) -> None:
+    """An attention op whose leaves begin with q, k, v, and whose backward op takes cotangents before them."""
+    backward_op = getattr(torch.ops.rfkernels, name + "_backward")
+    tensors = [leaf.kind == "Tensor" for leaf in leaves(OPERATIONS[name].request)]
+
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        *flat, _, ctx.backend = inputs  # of the backward pass
+        ctx.save_for_backward(*output, *(x for x, is_tensor in zip(flat, tensors, strict=True) if is_tensor))
+        ctx.numbers = [x for x, is_tensor in zip(flat, tensors, strict=True) if not is_tensor]
+
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple:
+        out, lse, *saved = ctx.saved_tensors
+        saved_iterator, numbers = iter(saved), iter(ctx.numbers)
+        flat = [next(saved_iterator) if is_tensor else next(numbers) for is_tensor in tensors]
+        grads = backward_op(grad_out, grad_lse, out, lse, *flat, ctx.backend)
+        return *grads, *([None] * (len(flat) - 3 + 2))
+
+    torch.library.register_autograd(f"rfkernels::{name}", backward, setup_context=setup_context, lib=library)
+
+
+def _redmd_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.count = len(inputs)
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no latent of zeros for the second output
+
+
+def _redmd_backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple:
+    (grad,) = ctx.saved_tensors
+    # loss.backward() as it mostly is: on the CPU a look at the incoming 1 saves a latent and its two passes. Not for
+    # fake tensors, nor on a device, where it would be a synchronisation.
+    if not (type(grad_loss) is torch.Tensor and grad_loss.is_cpu and grad_loss.item() == 1.0):
+        grad = grad * grad_loss.to(grad.dtype)
+    return (grad, *([None] * (ctx.count - 1)))
+
+
+def _refuse(name: str) -> Callable:
+    def backward(ctx: Any, *_: Tensor) -> tuple:
+        raise RuntimeError(f"rfkernels.{name} has no second derivative")
+
+    return backward
+
+
+def _define_gradients(library: torch.library.Library) -> None:
+    for name in _DIFFERENTIABLE:
+        _attention_autograd(library, name)
+        torch.library.register_autograd(f"rfkernels::{name}_backward", _refuse(name), lib=library)
+    torch.library.register_autograd("rfkernels::redmd_loss", _redmd_backward, setup_context=_redmd_setup, lib=library)
+
+
+_native_library = define_native("rfkernels_native", NATIVE)
+_public_library = torch.library.Library("rfkernels", "DEF")
+_define_public(_public_library)
+_define_gradients(_public_library)
+
+
+def _call(name: str) -> Callable:
+    op, flatten = getattr(torch.ops.rfkernels, name), flattener(OPERATIONS[name].request)
+    return lambda request, *backend: op(*flatten(request), *backend)
+
+
+begin_chunk: Callable[[BeginChunk, str], None] = _call("begin_chunk")
+write: Callable[[Write, str], None] = _call("write")
+streaming_attention: Callable[[StreamingAttention, str], tuple[Tensor, Tensor]] = _call("streaming_attention")
+chunk_attention: Callable[[ChunkAttention, str, str], tuple[Tensor, Tensor]] = _call("chunk_attention")
+sink_window_attention: Callable[[WindowAttention, str, str], tuple[Tensor, Tensor]] = _call("sink_window_attention")
+redmd_loss: Callable[[ReDMD, str], tuple[Tensor, Tensor]] = _call("redmd_loss")

@@ -1,0 +1,19 @@
+"""What tests change inside the package, in one place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+from rfkernels import backends
+
+
+@contextlib.contextmanager
+def serving(*names: str) -> Iterator[None]:
+    """The named backends are available on every device, as far as the choice between backends knows."""
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(backends.module(name), "unavailable", lambda device: None))
+        stack.enter_context(mock.patch.object(backends, "_choices", {}))
+        yield
