@@ -21,7 +21,7 @@ import triton
 
 from benchmarks.aot import ARCHITECTURES, SHARED_BLOCK, TOOLS, Compiled, compiled
 from benchmarks.static_calls import calls, forms
-from rfkernels.triton import tiles
+from rfkernels.backends.triton import tiles
 
 BASELINE = Path(__file__).parent / "static_baseline.json"
 SURVEYED = (128, 64, 256, 96, 32, 48, 80)

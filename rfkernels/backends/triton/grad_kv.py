@@ -12,19 +12,19 @@ from .tiling import LOG2_E, dot, head_of, narrow, plain_columns, tokens_of
 
 
 @triton.jit
-def _load_terms(incoming, at, loads, MASKED: tl.constexpr):
-    """lse, delta and, where there is one, the normaliser's gradient of rows ``at``; MASKED: of which ``loads`` exist."""
+def _load_terms(incoming, row, within, loads, MASKED: tl.constexpr):
+    """lse, delta and, where there is one, the normaliser's gradient of a tile's rows; MASKED: ``loads`` of them exist."""
     grad_lse = 0.0
     if MASKED:
-        lse = tl.load(incoming.lse + at, mask=loads, other=float("-inf"))
-        delta = tl.load(incoming.delta + at, mask=loads, other=0.0)
+        lse = tl.load(incoming.lse + row + within, mask=loads, other=float("-inf"))
+        delta = tl.load(incoming.delta + row + within, mask=loads, other=0.0)
         if incoming.grad_lse is not None:
-            grad_lse = tl.load(incoming.grad_lse + at, mask=loads, other=0.0)
+            grad_lse = tl.load(incoming.grad_lse + row + within, mask=loads, other=0.0)
     else:
-        lse = tl.load(incoming.lse + at)
-        delta = tl.load(incoming.delta + at)
+        lse = tl.load(incoming.lse + row + within)
+        delta = tl.load(incoming.delta + row + within)
         if incoming.grad_lse is not None:
-            grad_lse = tl.load(incoming.grad_lse + at)
+            grad_lse = tl.load(incoming.grad_lse + row + within)
     return lse, delta, grad_lse
 
 
@@ -51,7 +51,7 @@ def _sweep_queries(
         q_loads, g_loads, loads = k_columns.exist[None, :], v_columns.exist[None, :], row + within < sweep.limit
         if MASKED:
             q_loads, g_loads = loads[:, None] & q_loads, loads[:, None] & g_loads
-        lse, delta, grad_lse = _load_terms(incoming, head_row + row + within, loads, MASKED)
+        lse, delta, grad_lse = _load_terms(incoming, head_row + row, within, loads, MASKED)
         tile_q = tl.load(q_base + q_offsets, mask=q_loads, other=0.0)
         tile_g = tl.load(g_base + g_offsets, mask=g_loads, other=0.0).to(v.dtype)
         lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)

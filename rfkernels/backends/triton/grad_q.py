@@ -7,13 +7,13 @@ import triton.language as tl
 
 from .ranges import keys_of_queries, open_chunk
 from .rotation import pair_columns, query_phases, rotate_tile
-from .structs import Incoming
+from .structs import Terms
 from .tiling import LOG2_E, dot, load_tile, narrow, plain_columns, tile_of, tokens_of
 
 
 @triton.jit
 def _sweep_keys(
-    acc, q, rows, k, v, k_columns, v_columns, begin, end, sweep, scale,
+    acc, q, terms, k, v, k_columns, v_columns, begin, end, sweep, scale,
     MASKED: tl.constexpr, ROW_BOUNDS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ (but for the scale) of keys [begin, end); masks as in the forward sweep."""
@@ -30,7 +30,7 @@ def _sweep_keys(
         keys = tl.load(k_base + k_offsets, mask=k_loads, other=0.0)
         values = tl.load(v_base + v_offsets, mask=v_loads, other=0.0)
         scores = dot(q, tl.trans(keys))
-        weights = tl.math.exp2(scores * scale - rows.lse2[:, None])
+        weights = tl.math.exp2(scores * scale - terms.lse2[:, None])
         if MASKED:
             index = (key + within)[None, :]
             if ROW_BOUNDS:
@@ -38,9 +38,9 @@ def _sweep_keys(
             else:
                 seen = index < sweep.limit
             weights = tl.where(seen, weights, 0.0)
-        grad_weights = dot(rows.grad_out, tl.trans(values)) - rows.delta[:, None]
-        if rows.grad_lse is not None:  # `backward.delta_kernel` left it out
-            grad_weights += rows.grad_lse[:, None]
+        grad_weights = dot(terms.grad_out, tl.trans(values)) - terms.delta[:, None]
+        if terms.grad_lse is not None:  # `backward.delta_kernel` left it out
+            grad_weights += terms.grad_lse[:, None]
         acc = dot((weights * grad_weights).to(keys.dtype), keys, acc)
         k_base += BLOCK_N * k.step
         v_base += BLOCK_N * v.step
@@ -49,24 +49,24 @@ def _sweep_keys(
 
 @triton.jit
 def _sweep_segment(
-    acc, q, rows, k, v, k_columns, v_columns, sweep, scale,
+    acc, q, terms, k, v, k_columns, v_columns, sweep, scale,
     ROW_BOUNDS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if ROW_BOUNDS:
         acc = _sweep_keys(
-            acc, q, rows, k, v, k_columns, v_columns, sweep.begin, tl.minimum(sweep.start, sweep.end), sweep, scale,
+            acc, q, terms, k, v, k_columns, v_columns, sweep.begin, tl.minimum(sweep.start, sweep.end), sweep, scale,
             True, True, BLOCK_N, STAGES,
         )  # fmt: skip
     acc = _sweep_keys(
-        acc, q, rows, k, v, k_columns, v_columns, sweep.start, sweep.stop, sweep, scale, False, False, BLOCK_N, STAGES
+        acc, q, terms, k, v, k_columns, v_columns, sweep.start, sweep.stop, sweep, scale, False, False, BLOCK_N, STAGES
     )
     return _sweep_keys(
-        acc, q, rows, k, v, k_columns, v_columns, sweep.stop, sweep.end, sweep, scale, True, ROW_BOUNDS, BLOCK_N, STAGES
+        acc, q, terms, k, v, k_columns, v_columns, sweep.stop, sweep.end, sweep, scale, True, ROW_BOUNDS, BLOCK_N, STAGES
     )
 
 
 @triton.jit
-def _load_rows(incoming, tile, columns, queries, heads, DTYPE: tl.constexpr):
+def _load_terms(incoming, tile, columns, queries, heads, DTYPE: tl.constexpr):
     """What the sweeps need of a tile's queries besides themselves."""
     grad_out = load_tile(incoming.grad_out, tile, columns).to(DTYPE)
     at = (tile.sample * heads + tile.head) * queries + tile.first + tile.row
@@ -75,9 +75,9 @@ def _load_rows(incoming, tile, columns, queries, heads, DTYPE: tl.constexpr):
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
     delta = tl.load(incoming.delta + at)
     if incoming.grad_lse is None:
-        return Incoming(grad_out, lse2, delta, None)
+        return Terms(grad_out, lse2, delta, None)
     else:
-        return Incoming(grad_out, lse2, delta, tl.load(incoming.grad_lse + at))
+        return Terms(grad_out, lse2, delta, tl.load(incoming.grad_lse + at))
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def grad_q_kernel(
     chunk = open_chunk(frames, sample, queries, True)
     offset = keys - queries if mask is not None else 0
     k_columns, v_columns = pair_columns(rope, D, BLOCK_D), plain_columns(D, BLOCK_D)
-    rows = _load_rows(incoming, tile, v_columns, queries, heads, cached.k.data.dtype.element_ty)
+    terms = _load_terms(incoming, tile, v_columns, queries, heads, cached.k.data.dtype.element_ty)
 
     APART: tl.constexpr = sink_q is not None  # the segments are rotated back by different frames
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -112,7 +112,7 @@ def grad_q_kernel(
             tile_q = load_tile(q, tile, k_columns)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) if APART else result
         acc = _sweep_segment(
-            acc, tile_q, rows, k, v, k_columns, v_columns, sweep, scale * LOG2_E, mask is not None, BLOCK_N, STAGES
+            acc, tile_q, terms, k, v, k_columns, v_columns, sweep, scale * LOG2_E, mask is not None, BLOCK_N, STAGES
         )
         if rope is not None:
             if APART or segment == 1:  # both segments of a chunk meet the same queries: rotated back once

@@ -126,3 +126,12 @@ class Sweep(NamedTuple):
     limit: Any
     low: Any
     high: Any
+
+
+class Terms(NamedTuple):
+    """`Incoming` as loaded for a tile of queries; lse2: in base 2, and +inf where a row sees nothing."""
+
+    grad_out: Any
+    lse2: Any
+    delta: Any
+    grad_lse: Any
