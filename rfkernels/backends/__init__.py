@@ -133,12 +133,12 @@ def _choose(
 ) -> Choice:
     key = (operation, device, dtype, head_dim, named)
     if key not in _choices:
-        name = _first(operation, device, dtype, head_dim) if named in (None, "auto") else named
-        reason = _refusal(name, operation, device, dtype, head_dim)
-        if reason is not None:
-            raise ValueError(f"backend {name!r} cannot do this: {reason}")
-        reads_full = getattr(module(name), "reads_full", None)
-        _choices[key] = Choice(name, reads_full is not None and reads_full(device))
+        if named is None or named == "auto":
+            named = _first(operation, device, dtype, head_dim)
+        elif (reason := _refusal(named, operation, device, dtype, head_dim)) is not None:
+            raise ValueError(f"backend {named!r} cannot do this: {reason}")
+        reads_full = getattr(module(named), "reads_full", None)
+        _choices[key] = Choice(named, reads_full is not None and reads_full(device))
     return _choices[key]
 
 
