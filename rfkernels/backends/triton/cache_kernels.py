@@ -223,10 +223,14 @@ def begin_chunk(request: BeginChunk) -> None:
 
 
 @triton.jit
-def _store(x, sample, head, at, columns, values, exist):
-    """Stores a tile of a head at tokens ``at``, in the tensor's dtype."""
-    pointers = head_of(x, sample, head) + at * x.token + columns.at[None, :]
-    tl.store(pointers, narrow(values, x.data.dtype.element_ty), mask=exist)
+def _pointers(x, sample, head, at, columns):
+    """To the tokens ``at`` of a head."""
+    return head_of(x, sample, head) + at * x.token + columns.at[None, :]
+
+
+@triton.jit
+def _store(pointers, values, exist):
+    tl.store(pointers, narrow(values, pointers.dtype.element_ty), mask=exist)
 
 
 @triton.jit
@@ -249,21 +253,21 @@ def write_kernel(
         slot = tl.where(frame < SINKS, frame, ring)
         source = (number * frame_tokens + token).to(tl.int64)[:, None]
         target = (slot * frame_tokens + token).to(tl.int64)[:, None]
-        k = head_of(new.k, sample, head) + source * new.k.token + columns.at[None, :]
-        v = head_of(new.v, sample, head) + source * new.v.token + columns.at[None, :]
-        new_k = tl.load(k, mask=exist, other=0.0)
-        new_v = tl.load(v, mask=exist, other=0.0)
+        new_k = tl.load(_pointers(new.k, sample, head, source, columns), mask=exist, other=0.0)
+        new_v = tl.load(_pointers(new.v, sample, head, source, columns), mask=exist, other=0.0)
         rotated = new_k
         if rope is not None:
             cos, sin = phases(frame, token % frame_tokens, rope, D, BLOCK_D)
             rotated = rotate_tile(new_k, cos, sin, rope)
-        _store(cache.k, sample, head, target, columns, rotated, exist)
-        _store(cache.v, sample, head, target, columns, new_v, exist)
+        k = _pointers(cache.k, sample, head, target, columns)
+        v = _pointers(cache.v, sample, head, target, columns)
+        _store(k, rotated, exist)
+        _store(v, new_v, exist)
         if frame < SINKS:
             if cache.sink_k is not None:
-                _store(cache.sink_k, sample, head, target, columns, new_k, exist)
+                _store(_pointers(cache.sink_k, sample, head, target, columns), new_k, exist)
             if cache.sink_v is not None:
-                _store(cache.sink_v, sample, head, target, columns, new_v, exist)
+                _store(_pointers(cache.sink_v, sample, head, target, columns), new_v, exist)
 
 
 def write(request: Write) -> None:
