@@ -130,21 +130,21 @@ def _launch(prepared: Prepared, sink_q: torch.Tensor | None, out: torch.Tensor, 
     tile = tiles.forward_tile(*kind, rope=sink_q is not None, shared=False)
     programs = triton.cdiv(queries, tile.rows) * heads * batch
     shares = tiles.splits(programs, prepared.longest, tile, tiles.processors(q.device))
-    parts, part_lse = out, lse
+    share_out, share_lse = out, lse
     if shares > 1:
         tile = tiles.forward_tile(*kind, rope=sink_q is not None, shared=True)  # as many rows
-        parts, part_lse = (torch.empty(shares, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
+        share_out, share_lse = (torch.empty(shares, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
     forward_kernel[(programs, shares)](
         strided(q), None if sink_q is None else strided(sink_q), key_values(k, v),
-        None if own_k is None or own_v is None else key_values(own_k, own_v), parts, part_lse, frames, rope_of(rope),
-        mask_of(mask), scale, queries, k.shape[1], heads, GROUP=heads // k.shape[2], D=head_dim, BLOCK_D=block_d,
-        BLOCK_M=tile.rows, BLOCK_N=tile.keys, SHARES=shares, STAGES=tile.stages,
+        None if own_k is None or own_v is None else key_values(own_k, own_v), share_out, share_lse, frames,
+        rope_of(rope), mask_of(mask), scale, queries, k.shape[1], heads, GROUP=heads // k.shape[2], D=head_dim,
+        BLOCK_D=block_d, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SHARES=shares, STAGES=tile.stages,
         TWO_FRAMES=frames.tokens >= tile.rows, num_warps=tile.warps, num_stages=tile.stages, **FUSION,
         **(ALL_REGISTERS if k.dtype == torch.float32 or block_d > 128 else {}),
     )  # fmt: skip
     if shares > 1:
         merged = pointwise_rows(block_d)
         merge_kernel[(triton.cdiv(queries, merged) * heads * batch,)](
-            parts, part_lse, out, lse, queries, heads, SHARES=shares, D=head_dim, BLOCK_D=block_d, BLOCK_M=merged,
+            share_out, share_lse, out, lse, queries, heads, SHARES=shares, D=head_dim, BLOCK_D=block_d, BLOCK_M=merged,
             num_warps=4, **FUSION,
         )  # fmt: skip

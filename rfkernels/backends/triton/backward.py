@@ -122,7 +122,7 @@ def _launch(prepared: Prepared, sink_q: torch.Tensor | None, cotangents: Cotange
             num_warps=4, **FUSION,
         )  # fmt: skip
 
-        def options(tile: tiles.Tile) -> dict[str, int | bool]:
+        def options(tile: tiles.TileSize) -> dict[str, int | bool]:
             return shape | FUSION | ALL_REGISTERS | {
                 "GROUP": heads // kv_heads, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "STAGES": tile.stages,
                 "num_warps": tile.warps, "num_stages": tile.stages,

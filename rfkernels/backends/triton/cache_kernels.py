@@ -10,9 +10,9 @@ import triton.language as tl
 
 from ...contract.requests import BeginChunk, CacheTensors, Write
 from .launch import ALL_REGISTERS, FUSION, addressable, key_values, on_device, padded, rope_of, strided
-from .rotation import pair_columns, phases, rotate_tile
+from .rotation import phases, rotate_tile
 from .structs import Cache
-from .tiling import head_of, narrow
+from .tiling import head_of, narrow, pair_columns
 
 _TOKENS = 32  # tokens of one head a program moves: 8 KB of a bfloat16 head of 128, 16-byte accesses at any head size
 

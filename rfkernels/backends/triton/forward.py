@@ -1,4 +1,4 @@
-"""Attention forward, its kernels: one for the cache's prefix, for past and open chunk, and for full sequences; a merge."""
+"""Kernels of the forward pass: one for a cache's prefix, for an open chunk and for full sequences; one that merges."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .ranges import keys_of_queries, open_chunk
-from .rotation import pair_columns, query_phases, rotate_tile
-from .tiling import LN_2, LOG2_E, dot, load_tile, narrow, plain_columns, tile_of, tokens_of
+from .ranges import keys_of_queries, open_chunk, sees
+from .rotation import query_phases, rotate_tile
+from .tiling import LN_2, LOG2_E, columns_of, dot, keys_of_segment, load_tile, narrow, tile_of
 
 
 class Softmax(NamedTuple):
@@ -26,37 +26,33 @@ class Softmax(NamedTuple):
 
 @triton.jit
 def _sweep(
-    softmax, q, k, v, k_columns, v_columns, begin, end, sweep, scale,
+    softmax, q, held, columns, begin, end, bounds, scale,
     MASKED: tl.constexpr, ROW_BOUNDS: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Keys [begin, end) of one segment, in tiles.
 
-    MASKED: nothing is seen or loaded from ``sweep.limit`` on, and with ROW_BOUNDS a row sees [low, high) only.
+    MASKED: nothing is seen or loaded from ``bounds.limit`` on, and with ROW_BOUNDS a row sees [low, high) only.
     Otherwise every row sees every key and the loop holds no mask (but for the padding of a head).
     """
     acc, total, top = softmax
     within = tl.arange(0, BLOCK_N)
     # A moving scalar base and fixed 32-bit offsets: pointers to every row would take twice the registers. Unsigned:
     # sign extension would cost instructions in the loop.
-    k_offsets = (within[:, None] * k.step + k_columns.at[None, :]).to(tl.uint32)
-    v_offsets = (within[:, None] * v.step + v_columns.at[None, :]).to(tl.uint32)
-    k_base = k.first + tl.cast(begin, tl.int64) * k.step
-    v_base = v.first + tl.cast(begin, tl.int64) * v.step
+    k_offsets = (within[:, None] * held.k.step + columns.k.at[None, :]).to(tl.uint32)
+    v_offsets = (within[:, None] * held.v.step + columns.v.at[None, :]).to(tl.uint32)
+    k_base = held.k.first + tl.cast(begin, tl.int64) * held.k.step
+    v_base = held.v.first + tl.cast(begin, tl.int64) * held.v.step
     for key in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         if MASKED:
-            loads = (key + within < sweep.limit)[:, None]
-            keys = tl.load(k_base + k_offsets, mask=loads & k_columns.exist[None, :], other=0.0)
+            loads = (key + within < bounds.limit)[:, None]
+            keys = tl.load(k_base + k_offsets, mask=loads & columns.k.exist[None, :], other=0.0)
         elif PADDED:
-            keys = tl.load(k_base + k_offsets, mask=k_columns.exist[None, :], other=0.0)
+            keys = tl.load(k_base + k_offsets, mask=columns.k.exist[None, :], other=0.0)
         else:
             keys = tl.load(k_base + k_offsets)
         scores = dot(q, tl.trans(keys))
         if MASKED:
-            index = (key + within)[None, :]
-            if ROW_BOUNDS:
-                seen = (index >= sweep.low[:, None]) & (index < sweep.high[:, None])
-            else:
-                seen = index < sweep.limit
+            seen = sees(bounds, (key + within)[None, :], ROW_BOUNDS)
             scores = tl.where(seen, scores * scale, float("-inf"))
             new = tl.maximum(top, tl.max(scores, 1))
             finite = tl.where(new == float("-inf"), 0.0, new)  # rows that have seen nothing yet
@@ -69,21 +65,21 @@ def _sweep(
         total = total * shrink[:, None] + tl.sum(tl.reshape(weights, (acc.shape[0], BLOCK_N // 8, 8)), 1)
         acc = acc * shrink[:, None]
         if MASKED:
-            values = tl.load(v_base + v_offsets, mask=loads & v_columns.exist[None, :], other=0.0)
+            values = tl.load(v_base + v_offsets, mask=loads & columns.v.exist[None, :], other=0.0)
         elif PADDED:
-            values = tl.load(v_base + v_offsets, mask=v_columns.exist[None, :], other=0.0)
+            values = tl.load(v_base + v_offsets, mask=columns.v.exist[None, :], other=0.0)
         else:
             values = tl.load(v_base + v_offsets)
         acc = dot(weights.to(values.dtype), values, acc)
         top = new
-        k_base += BLOCK_N * k.step
-        v_base += BLOCK_N * v.step
+        k_base += BLOCK_N * held.k.step
+        v_base += BLOCK_N * held.v.step
     return Softmax(acc, total, top)
 
 
 @triton.jit
 def _sweep_segment(
-    softmax, q, k, v, k_columns, v_columns, sweep, scale,
+    softmax, q, held, columns, bounds, scale,
     ROW_BOUNDS: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All keys of a segment: those that every row sees without a mask, and the edges."""
@@ -91,17 +87,15 @@ def _sweep_segment(
     EDGE_N: tl.constexpr = min(BLOCK_N // 2, 32)
     if ROW_BOUNDS:
         softmax = _sweep(
-            softmax, q, k, v, k_columns, v_columns, sweep.begin, tl.minimum(sweep.start, sweep.end), sweep, scale, True,
-            True, PADDED, EDGE_N, STAGES,
+            softmax, q, held, columns, bounds.begin, tl.minimum(bounds.start, bounds.end), bounds, scale, True, True,
+            PADDED, EDGE_N, STAGES,
         )  # fmt: skip
     softmax = _sweep(
-        softmax, q, k, v, k_columns, v_columns, sweep.start, sweep.stop, sweep, scale, False, False, PADDED, BLOCK_N,
-        STAGES,
-    )  # fmt: skip
+        softmax, q, held, columns, bounds.start, bounds.stop, bounds, scale, False, False, PADDED, BLOCK_N, STAGES
+    )
     return _sweep(
-        softmax, q, k, v, k_columns, v_columns, sweep.stop, sweep.end, sweep, scale, True, ROW_BOUNDS, PADDED, EDGE_N,
-        STAGES,
-    )  # fmt: skip
+        softmax, q, held, columns, bounds.stop, bounds.end, bounds, scale, True, ROW_BOUNDS, PADDED, EDGE_N, STAGES
+    )
 
 
 @triton.jit
@@ -122,7 +116,7 @@ def _load_queries(
 
 @triton.jit
 def _store_results(softmax, tile, columns, place, missing, queries, heads, OUT, LSE, D: tl.constexpr):
-    """Finishes a softmax and stores it as sample ``place`` of ``OUT [.., queries, heads, D], LSE [.., heads, queries]``."""
+    """Finishes a softmax; stores it as sample ``place`` of ``OUT [*, queries, heads, D], LSE [*, heads, queries]``."""
     acc, total, top = softmax
     within = tl.arange(0, acc.shape[0])
     total = tl.sum(total, 1)
@@ -159,36 +153,32 @@ def forward_kernel(
     batch = tl.num_programs(0) // (blocks * heads)
     tile = tile_of(pid % blocks, sample, head, queries, BLOCK_M)
     chunk = open_chunk(frames, sample, queries, own is not None)
-    k_columns, v_columns = pair_columns(rope, D, BLOCK_D), plain_columns(D, BLOCK_D)
+    columns = columns_of(rope, D, BLOCK_D)
     softmax = Softmax(
         tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
         tl.zeros([BLOCK_M, 8], tl.float32),
         tl.full([BLOCK_M], float("-inf"), tl.float32),
     )
     DTYPE: tl.constexpr = cached.k.data.dtype.element_ty
-    tile_q = _load_queries(q, tile, k_columns, chunk, frames, rope, mask, queries, keys, DTYPE, TWO_FRAMES, D, BLOCK_D)
+    tile_q = _load_queries(q, tile, columns.k, chunk, frames, rope, mask, queries, keys, DTYPE, TWO_FRAMES, D, BLOCK_D)
     # Unrolled: sweeps inside another loop would take the accumulator's layout from it, and convert it in every
     # iteration (sm_100).
     for segment in tl.static_range(1 if mask is None and own is None else 2):
-        k, v = tokens_of(cached.k, sample, head // GROUP), tokens_of(cached.v, sample, head // GROUP)
-        if own is not None:
-            if segment == 1:
-                k, v = tokens_of(own.k, sample, head // GROUP), tokens_of(own.v, sample, head // GROUP)
-        sweep = keys_of_queries(tile, segment, chunk, mask, queries, keys, share, BLOCK_M, BLOCK_N, SHARES)
+        held = keys_of_segment(cached, own, segment, sample, head // GROUP)
+        bounds = keys_of_queries(tile, segment, chunk, mask, queries, keys, share, BLOCK_M, BLOCK_N, SHARES)
         softmax = _sweep_segment(
-            softmax, tile_q, k, v, k_columns, v_columns, sweep, scale * LOG2_E, mask is not None, D != BLOCK_D, BLOCK_N,
-            STAGES,
-        )  # fmt: skip
+            softmax, tile_q, held, columns, bounds, scale * LOG2_E, mask is not None, D != BLOCK_D, BLOCK_N, STAGES
+        )
         if sink_q is not None and segment == 0:
             tl.debug_barrier()  # or the load moves before the sweeps, where its registers are missing
-            tile_q = load_tile(sink_q, tile, k_columns)
+            tile_q = load_tile(sink_q, tile, columns.k)
     place = share * batch + sample
-    _store_results(softmax, tile, v_columns, place, chunk.missing, queries, heads, OUT, LSE, D)
+    _store_results(softmax, tile, columns.v, place, chunk.missing, queries, heads, OUT, LSE, D)
 
 
 @triton.jit
 def merge_kernel(
-    PARTS, PART_LSE, OUT, LSE, queries, heads,
+    SHARE_OUT, SHARE_LSE, OUT, LSE, queries, heads,
     SHARES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Joins the SHARES results ``[SHARES, B, N, H, D]`` of disjoint keys by their normalisers ``[SHARES, B, H, N]``."""
@@ -201,8 +191,8 @@ def merge_kernel(
     columns = tl.arange(0, BLOCK_D)
     stored = row < queries
     exist = stored[:, None] & (columns < D)[None, :]
-    at_lse = PART_LSE + (sample * heads + head) * queries + row
-    at_out = PARTS + (((sample * queries + row) * heads + head) * D)[:, None] + columns[None, :]
+    at_lse = SHARE_LSE + (sample * heads + head) * queries + row
+    at_out = SHARE_OUT + (((sample * queries + row) * heads + head) * D)[:, None] + columns[None, :]
     step = tl.cast(batch, tl.int64) * heads * queries
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for share in tl.static_range(SHARES):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .ranges import open_chunk, queries_of_keys
-from .rotation import pair_columns, phases, rotate_tile
+from .ranges import open_chunk, queries_of_keys, sees
+from .rotation import phases, rotate_tile
 from .structs import Incoming, KeyValues, Tile
-from .tiling import LOG2_E, dot, head_of, narrow, plain_columns, tokens_of
+from .tiling import LOG2_E, columns_of, dot, head_of, narrow, tokens_of
 
 
 @triton.jit
 def _load_terms(incoming, row, within, loads, MASKED: tl.constexpr):
-    """lse, delta and, where there is one, the normaliser's gradient of a tile's rows; MASKED: ``loads`` of them exist."""
+    """lse, delta and, if there is one, the normaliser's gradient of a tile's rows; MASKED: ``loads`` of them exist."""
     grad_lse = 0.0
     if MASKED:
         lse = tl.load(incoming.lse + row + within, mask=loads, other=float("-inf"))
@@ -30,7 +30,7 @@ def _load_terms(incoming, row, within, loads, MASKED: tl.constexpr):
 
 @triton.jit
 def _sweep_queries(
-    grads, k, v, q, incoming, queries, k_columns, v_columns, begin, end, sweep, scale,
+    grads, k, v, q, incoming, queries, columns, begin, end, bounds, scale,
     MASKED: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dK (but for the scale) and dV of query rows [begin, end) of a group's heads, one head after another.
@@ -41,14 +41,14 @@ def _sweep_queries(
     grad_k, grad_v = grads
     grad_out = incoming.grad_out
     within = tl.arange(0, BLOCK_M)
-    q_offsets = within[:, None] * q.step + k_columns.at[None, :]
-    g_offsets = within[:, None] * grad_out.step + v_columns.at[None, :]
+    q_offsets = within[:, None] * q.step + columns.k.at[None, :]
+    g_offsets = within[:, None] * grad_out.step + columns.v.at[None, :]
     q_base = q.first + tl.cast(begin, tl.int64) * q.step
     g_base = grad_out.first + tl.cast(begin, tl.int64) * grad_out.step
     count = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M)
     row, head_row = begin, 0  # in the head; of all rows, the head's first
     for _ in tl.range(0, count * GROUP, num_stages=STAGES):
-        q_loads, g_loads, loads = k_columns.exist[None, :], v_columns.exist[None, :], row + within < sweep.limit
+        q_loads, g_loads, loads = columns.k.exist[None, :], columns.v.exist[None, :], row + within < bounds.limit
         if MASKED:
             q_loads, g_loads = loads[:, None] & q_loads, loads[:, None] & g_loads
         lse, delta, grad_lse = _load_terms(incoming, head_row + row, within, loads, MASKED)
@@ -58,8 +58,7 @@ def _sweep_queries(
         scores = dot(k, tl.trans(tile_q))
         weights = tl.math.exp2(scores * scale - lse2[None, :])
         if MASKED:
-            index = (row + within)[None, :]
-            weights = tl.where((index >= sweep.low[:, None]) & (index < sweep.high[:, None]), weights, 0.0)
+            weights = tl.where(sees(bounds, (row + within)[None, :], True), weights, 0.0)
         grad_v = dot(weights.to(v.dtype), tile_g, grad_v)
         grad_weights = dot(v, tl.trans(tile_g)) - delta[None, :]
         if incoming.grad_lse is not None:  # `backward.delta_kernel` left it out
@@ -80,20 +79,20 @@ def _sweep_queries(
 
 @triton.jit
 def _sweep_segment(
-    grads, k, v, q, incoming, queries, k_columns, v_columns, sweep, scale,
+    grads, k, v, q, incoming, queries, columns, bounds, scale,
     ROW_BOUNDS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if ROW_BOUNDS:
         grads = _sweep_queries(
-            grads, k, v, q, incoming, queries, k_columns, v_columns, sweep.begin, tl.minimum(sweep.start, sweep.end),
-            sweep, scale, True, GROUP, BLOCK_M, STAGES,
+            grads, k, v, q, incoming, queries, columns, bounds.begin, tl.minimum(bounds.start, bounds.end),
+            bounds, scale, True, GROUP, BLOCK_M, STAGES,
         )  # fmt: skip
     grads = _sweep_queries(
-        grads, k, v, q, incoming, queries, k_columns, v_columns, sweep.start, sweep.stop, sweep, scale, False, GROUP,
+        grads, k, v, q, incoming, queries, columns, bounds.start, bounds.stop, bounds, scale, False, GROUP,
         BLOCK_M, STAGES,
     )  # fmt: skip
     return _sweep_queries(
-        grads, k, v, q, incoming, queries, k_columns, v_columns, sweep.stop, sweep.end, sweep, scale, True, GROUP,
+        grads, k, v, q, incoming, queries, columns, bounds.stop, bounds.end, bounds, scale, True, GROUP,
         BLOCK_M, STAGES,
     )  # fmt: skip
 
@@ -133,15 +132,15 @@ def grad_kv_kernel(
     within = tl.arange(0, BLOCK_N)
     tile = Tile(sample, key_head, first_key, within)
     chunk = open_chunk(frames, sample, queries, True)
-    k_columns, v_columns = pair_columns(rope, D, BLOCK_D), plain_columns(D, BLOCK_D)
-    k_exist = (within < keys - first_key)[:, None] & k_columns.exist[None, :]
-    v_exist = (within < keys - first_key)[:, None] & v_columns.exist[None, :]
-    k = _load_keys(key_values.k, sample, key_head, tile, k_columns, k_exist)
-    v = _load_keys(key_values.v, sample, key_head, tile, v_columns, v_exist)
+    columns = columns_of(rope, D, BLOCK_D)
+    k_exist = (within < keys - first_key)[:, None] & columns.k.exist[None, :]
+    v_exist = (within < keys - first_key)[:, None] & columns.v.exist[None, :]
+    k = _load_keys(key_values.k, sample, key_head, tile, columns.k, k_exist)
+    v = _load_keys(key_values.v, sample, key_head, tile, columns.v, v_exist)
     grads = KeyValues(tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
 
     for segment in tl.static_range(1 if mask is None else 2):
-        sweep = queries_of_keys(tile, segment, chunk, mask, queries, keys, BLOCK_M, BLOCK_N)
+        bounds = queries_of_keys(tile, segment, chunk, mask, queries, keys, BLOCK_M, BLOCK_N)
         head = key_head * GROUP
         head_q = tokens_of(q, sample, head)
         if sink_q is not None:
@@ -149,7 +148,7 @@ def grad_kv_kernel(
                 head_q = tokens_of(sink_q, sample, head)
         head_incoming = _incoming_of(incoming, sample, head, queries, kv_heads * GROUP)
         grads = _sweep_segment(
-            grads, k, v, head_q, head_incoming, queries, k_columns, v_columns, sweep, scale * LOG2_E, mask is not None,
+            grads, k, v, head_q, head_incoming, queries, columns, bounds, scale * LOG2_E, mask is not None,
             GROUP, BLOCK_M, STAGES,
         )  # fmt: skip
 
@@ -165,5 +164,5 @@ def grad_kv_kernel(
     local = within[:, None] * (kv_heads * D)
     grad_k = narrow(tl.where(absent, 0.0, grad_k), GRAD_K.dtype.element_ty)
     grad_v = narrow(tl.where(absent, 0.0, grad_v), GRAD_V.dtype.element_ty)
-    tl.store(GRAD_K + at + (local + k_columns.at[None, :]), grad_k, mask=k_exist)
-    tl.store(GRAD_V + at + (local + v_columns.at[None, :]), grad_v, mask=v_exist)
+    tl.store(GRAD_K + at + (local + columns.k.at[None, :]), grad_k, mask=k_exist)
+    tl.store(GRAD_V + at + (local + columns.v.at[None, :]), grad_v, mask=v_exist)

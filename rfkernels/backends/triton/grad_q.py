@@ -5,63 +5,59 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .ranges import keys_of_queries, open_chunk
-from .rotation import pair_columns, query_phases, rotate_tile
+from .ranges import keys_of_queries, open_chunk, sees
+from .rotation import query_phases, rotate_tile
 from .structs import Terms
-from .tiling import LOG2_E, dot, load_tile, narrow, plain_columns, tile_of, tokens_of
+from .tiling import LOG2_E, columns_of, dot, keys_of_segment, load_tile, narrow, tile_of
 
 
 @triton.jit
 def _sweep_keys(
-    acc, q, terms, k, v, k_columns, v_columns, begin, end, sweep, scale,
+    acc, q, terms, held, columns, begin, end, bounds, scale,
     MASKED: tl.constexpr, ROW_BOUNDS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ (but for the scale) of keys [begin, end); masks as in the forward sweep."""
     within = tl.arange(0, BLOCK_N)
-    k_offsets = within[:, None] * k.step + k_columns.at[None, :]
-    v_offsets = within[:, None] * v.step + v_columns.at[None, :]
-    k_base = k.first + tl.cast(begin, tl.int64) * k.step
-    v_base = v.first + tl.cast(begin, tl.int64) * v.step
+    k_offsets = within[:, None] * held.k.step + columns.k.at[None, :]
+    v_offsets = within[:, None] * held.v.step + columns.v.at[None, :]
+    k_base = held.k.first + tl.cast(begin, tl.int64) * held.k.step
+    v_base = held.v.first + tl.cast(begin, tl.int64) * held.v.step
     for key in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        k_loads, v_loads = k_columns.exist[None, :], v_columns.exist[None, :]
+        k_loads, v_loads = columns.k.exist[None, :], columns.v.exist[None, :]
         if MASKED:
-            loads = (key + within < sweep.limit)[:, None]
+            loads = (key + within < bounds.limit)[:, None]
             k_loads, v_loads = loads & k_loads, loads & v_loads
         keys = tl.load(k_base + k_offsets, mask=k_loads, other=0.0)
         values = tl.load(v_base + v_offsets, mask=v_loads, other=0.0)
         scores = dot(q, tl.trans(keys))
         weights = tl.math.exp2(scores * scale - terms.lse2[:, None])
         if MASKED:
-            index = (key + within)[None, :]
-            if ROW_BOUNDS:
-                seen = (index >= sweep.low[:, None]) & (index < sweep.high[:, None])
-            else:
-                seen = index < sweep.limit
+            seen = sees(bounds, (key + within)[None, :], ROW_BOUNDS)
             weights = tl.where(seen, weights, 0.0)
         grad_weights = dot(terms.grad_out, tl.trans(values)) - terms.delta[:, None]
         if terms.grad_lse is not None:  # `backward.delta_kernel` left it out
             grad_weights += terms.grad_lse[:, None]
         acc = dot((weights * grad_weights).to(keys.dtype), keys, acc)
-        k_base += BLOCK_N * k.step
-        v_base += BLOCK_N * v.step
+        k_base += BLOCK_N * held.k.step
+        v_base += BLOCK_N * held.v.step
     return acc
 
 
 @triton.jit
 def _sweep_segment(
-    acc, q, terms, k, v, k_columns, v_columns, sweep, scale,
+    acc, q, terms, held, columns, bounds, scale,
     ROW_BOUNDS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if ROW_BOUNDS:
         acc = _sweep_keys(
-            acc, q, terms, k, v, k_columns, v_columns, sweep.begin, tl.minimum(sweep.start, sweep.end), sweep, scale,
-            True, True, BLOCK_N, STAGES,
+            acc, q, terms, held, columns, bounds.begin, tl.minimum(bounds.start, bounds.end), bounds, scale, True, True,
+            BLOCK_N, STAGES,
         )  # fmt: skip
     acc = _sweep_keys(
-        acc, q, terms, k, v, k_columns, v_columns, sweep.start, sweep.stop, sweep, scale, False, False, BLOCK_N, STAGES
+        acc, q, terms, held, columns, bounds.start, bounds.stop, bounds, scale, False, False, BLOCK_N, STAGES
     )
     return _sweep_keys(
-        acc, q, terms, k, v, k_columns, v_columns, sweep.stop, sweep.end, sweep, scale, True, ROW_BOUNDS, BLOCK_N, STAGES
+        acc, q, terms, held, columns, bounds.stop, bounds.end, bounds, scale, True, ROW_BOUNDS, BLOCK_N, STAGES
     )
 
 
@@ -94,25 +90,22 @@ def grad_q_kernel(
     tile = tile_of(pid % blocks, sample, head, queries, BLOCK_M)
     chunk = open_chunk(frames, sample, queries, True)
     offset = keys - queries if mask is not None else 0
-    k_columns, v_columns = pair_columns(rope, D, BLOCK_D), plain_columns(D, BLOCK_D)
-    terms = _load_terms(incoming, tile, v_columns, queries, heads, cached.k.data.dtype.element_ty)
+    columns = columns_of(rope, D, BLOCK_D)
+    terms = _load_terms(incoming, tile, columns.v, queries, heads, cached.k.data.dtype.element_ty)
 
     APART: tl.constexpr = sink_q is not None  # the segments are rotated back by different frames
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for segment in tl.static_range(2):
         tl.debug_barrier()  # keeps what the two segments share from being computed once and kept
-        k, v = tokens_of(cached.k, sample, head // GROUP), tokens_of(cached.v, sample, head // GROUP)
-        if own is not None:
-            if segment == 1:
-                k, v = tokens_of(own.k, sample, head // GROUP), tokens_of(own.v, sample, head // GROUP)
-        sweep = keys_of_queries(tile, segment, chunk, mask, queries, keys, 0, BLOCK_M, BLOCK_N, 1)
+        held = keys_of_segment(cached, own, segment, sample, head // GROUP)
+        bounds = keys_of_queries(tile, segment, chunk, mask, queries, keys, 0, BLOCK_M, BLOCK_N, 1)
         if APART and segment == 1:
-            tile_q = load_tile(sink_q, tile, k_columns)
+            tile_q = load_tile(sink_q, tile, columns.k)
         else:
-            tile_q = load_tile(q, tile, k_columns)
+            tile_q = load_tile(q, tile, columns.k)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) if APART else result
         acc = _sweep_segment(
-            acc, tile_q, terms, k, v, k_columns, v_columns, sweep, scale * LOG2_E, mask is not None, BLOCK_N, STAGES
+            acc, tile_q, terms, held, columns, bounds, scale * LOG2_E, mask is not None, BLOCK_N, STAGES
         )
         if rope is not None:
             if APART or segment == 1:  # both segments of a chunk meet the same queries: rotated back once
@@ -126,6 +119,6 @@ def grad_q_kernel(
             result = acc
     within = tl.arange(0, BLOCK_M)
     grad = GRAD_Q + ((sample * queries + tile.first) * heads + head) * D
-    grad += within[:, None] * (heads * D) + k_columns.at[None, :]
-    exist = (within < queries - tile.first)[:, None] & k_columns.exist[None, :]
+    grad += within[:, None] * (heads * D) + columns.k.at[None, :]
+    exist = (within < queries - tile.first)[:, None] & columns.k.exist[None, :]
     tl.store(grad, narrow(result * scale, GRAD_Q.dtype.element_ty), mask=exist)

@@ -143,9 +143,9 @@ def redmd_loss(request: ReDMD) -> tuple[torch.Tensor, torch.Tensor]:
             x, real, mask, norms, counts, elements, span, BLOCK=_BLOCK, num_warps=8, **FUSION
         )
         grad_kernel[(programs, batch)](
-            x, guided_fake, real, mask, request.weight.contiguous(), norms, counts, grad, sums, elements, x.numel(), span,
-            batch, NEED_GRAD=request.need_grad, BLOCK=_BLOCK, SUMMED=triton.next_power_of_2(programs), num_warps=8,
-            **FUSION,
+            x, guided_fake, real, mask, request.weight.contiguous(), norms, counts, grad, sums, elements, x.numel(),
+            span, batch, NEED_GRAD=request.need_grad, BLOCK=_BLOCK, SUMMED=triton.next_power_of_2(programs),
+            num_warps=8, **FUSION,
         )  # fmt: skip
         sum_kernel[(1,)](sums, loss, sums.numel(), BLOCK=1024, num_warps=4, **FUSION)
     return loss, grad

@@ -1,5 +1,6 @@
-"""Which keys a tile of queries sweeps, and which queries a tile of keys; the rule of `geometry.WindowMask` on the device.
+"""Which keys a tile of queries sweeps, and which queries a tile of keys.
 
+The rule is that of docs/semantics.md, "Full-sequence attention"; `geometry.WindowMask` is its twin on the host.
 Keys lie in two segments. Full-sequence attention: 0, the window of a query; 1, the sinks outside it. An open chunk:
 0, what was before it; 1, its own keys. Streaming attention has one: the valid prefix of the cache. All bounds grow with
 the index, so that what a tile's rows see together, and what each of them sees, follow from its first and last row.
@@ -10,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .structs import Chunk, Sweep
+from .structs import Bounds, Chunk
 
 
 @triton.jit
@@ -34,7 +35,7 @@ def evicted_frames(i, frame_tokens, mask):
 
 @triton.jit
 def visible_keys(i, outside, keys, mask):
-    """The range of keys [low, high) that query i sees: its window's, or the sinks ``outside`` it."""
+    """The keys [low, high) that query i sees: its window's, or the sinks ``outside`` it."""
     end = chunk_end(i, mask)
     limit = end
     if not mask.own_chunk:
@@ -48,7 +49,7 @@ def visible_keys(i, outside, keys, mask):
 
 @triton.jit
 def seeing_queries(j, outside, keys, mask):
-    """The range of queries [low, high) that see key j: in their window, or as a sink ``outside`` it."""
+    """The queries [low, high) that see key j: in their window, or as a sink ``outside`` it."""
     if mask.own_chunk:
         low = chunk_floor(j, mask)
     else:
@@ -61,7 +62,7 @@ def seeing_queries(j, outside, keys, mask):
 
 @triton.jit
 def open_chunk(frames, sample, queries, SEPARATE: tl.constexpr):
-    """The open chunk of a stream. SEPARATE: its own keys are not in the cache. No stream: sequences start at frame 0."""
+    """The open chunk of a stream; without streams all zeros. SEPARATE: its own keys are not in the cache."""
     if frames.seen is None:
         return Chunk(0, 0, 0)
     else:
@@ -96,7 +97,7 @@ def keys_of_queries(
     tile, segment, chunk, mask, queries, keys, share, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SHARES: tl.constexpr,
 ):  # fmt: skip
-    """The `Sweep` of a tile of queries through a segment of the keys, or through one of SHARES equal parts of it."""
+    """The `Bounds` of a tile of queries through a segment of the keys, or through one of SHARES equal parts of it."""
     low, high = tile.row, tile.row
     if mask is not None:
         offset = keys - queries
@@ -117,12 +118,12 @@ def keys_of_queries(
         begin = begin + share * size
         end = tl.minimum(end, begin + size)
     start, stop = _without_mask(begin, end, inner_begin, inner_end, BLOCK_N)
-    return Sweep(begin, start, stop, end, limit, low, high)
+    return Bounds(begin, start, stop, end, limit, low, high)
 
 
 @triton.jit
 def queries_of_keys(tile, segment, chunk, mask, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The `Sweep` of a tile of keys through the query rows that meet it in a segment; a chunk's own keys: all rows."""
+    """The `Bounds` of a tile of keys through the query rows that meet it in a segment; a chunk's own keys: all rows."""
     if mask is not None:
         last = tl.minimum(tile.first + BLOCK_N, keys) - 1
         begin, inner_begin, inner_end, end, low, high = _range_of_tile(
@@ -142,4 +143,13 @@ def queries_of_keys(tile, segment, chunk, mask, queries, keys, BLOCK_M: tl.const
         low = tile.row * 0 + chunk.missing
         high = tile.row * 0 + queries
     start, stop = _without_mask(begin, end, inner_begin, inner_end, BLOCK_M)
-    return Sweep(begin, start, stop, end, end, low, high)
+    return Bounds(begin, start, stop, end, end, low, high)
+
+
+@triton.jit
+def sees(bounds, index, ROW_BOUNDS: tl.constexpr):
+    """Whether the rows of a tile see the keys ``index [1, keys]``; without ROW_BOUNDS all rows see the same."""
+    if ROW_BOUNDS:
+        return (index >= bounds.low[:, None]) & (index < bounds.high[:, None])
+    else:
+        return index < bounds.limit

@@ -10,8 +10,8 @@ from ...contract.geometry import WindowMask
 from ...contract.requests import RopeTables
 from .launch import FUSION, addressable, mask_of, on_device, padded, rope_of, strided
 from .ranges import evicted_frames
-from .structs import Columns, Frames
-from .tiling import head_of, narrow
+from .structs import Frames
+from .tiling import head_of, narrow, pair_columns
 
 _TOKENS = 32  # of one head, rotated by a program
 
@@ -117,23 +117,6 @@ def query_phases(
     else:
         frame = _frame_of(index, first_frame, segment, frame_tokens, mask)
         return phases(frame[:, None], index % frame_tokens, rope, D, BLOCK_D)
-
-
-@triton.jit
-def pair_columns(rope, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The columns of a tile of queries or keys, whose padding leaves pairs together.
-
-    Pairs (i, i + D / 2) put it after each half, so that a padded tile still splits into its pairs.
-    """
-    column = tl.arange(0, BLOCK_D)
-    exist = column < D
-    if rope is not None:
-        if rope.half_split and D != BLOCK_D:
-            second = column >= BLOCK_D // 2
-            within = tl.where(second, column - BLOCK_D // 2, column)
-            column = tl.where(second, within + D // 2, within)
-            exist = within < D // 2
-    return Columns(column, exist)
 
 
 @triton.jit

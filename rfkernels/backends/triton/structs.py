@@ -82,9 +82,9 @@ class Columns(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Queries, or keys, of one head that a program owns: ``row`` counts from token ``first``, in 32 bits.
+    """The queries, or keys, of one head that a program owns. first: the token in the tensor that is row 0.
 
-    row: those past the end repeat the last one. first: an index in the tensor.
+    row: 0, 1, ... in 32 bits; of queries, those past the end repeat the last one.
     """
 
     sample: Any
@@ -113,8 +113,8 @@ class Tokens(NamedTuple):
     head: Any
 
 
-class Sweep(NamedTuple):
-    """What a tile goes through in one segment: [begin, end), of which [start, stop) needs no mask.
+class Bounds(NamedTuple):
+    """What a tile sweeps in one segment, keys or queries: [begin, end), of which [start, stop) needs no mask.
 
     limit: nothing exists from here on. Row r of the tile sees [low[r], high[r]).
     """

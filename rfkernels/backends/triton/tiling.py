@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .structs import Columns, Tile, Tokens
+from .structs import Columns, KeyValues, Tile, Tokens
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -37,6 +37,39 @@ def head_of(x, sample, head):
 @triton.jit
 def tokens_of(x, sample, head):
     return Tokens(head_of(x, sample, head), x.token, x.head)
+
+
+@triton.jit
+def keys_of_segment(cached, own, segment, sample, head):
+    """Keys and values of a head: a chunk's own are its second segment."""
+    held = cached
+    if own is not None:
+        if segment == 1:
+            held = own
+    return KeyValues(tokens_of(held.k, sample, head), tokens_of(held.v, sample, head))
+
+
+@triton.jit
+def columns_of(rope, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of tiles of queries and keys, and of tiles of values."""
+    return KeyValues(pair_columns(rope, D, BLOCK_D), plain_columns(D, BLOCK_D))
+
+
+@triton.jit
+def pair_columns(rope, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The columns of a tile of queries or keys, whose padding leaves pairs together.
+
+    Pairs (i, i + D / 2) put it after each half, so that a padded tile still splits into its pairs.
+    """
+    column = tl.arange(0, BLOCK_D)
+    exist = column < D
+    if rope is not None:
+        if rope.half_split and D != BLOCK_D:
+            second = column >= BLOCK_D // 2
+            within = tl.where(second, column - BLOCK_D // 2, column)
+            column = tl.where(second, within + D // 2, within)
+            exist = within < D // 2
+    return Columns(column, exist)
 
 
 @triton.jit
