@@ -148,8 +148,8 @@ def forward_kernel(
     pid = tl.program_id(0)
     share = tl.program_id(1)
     blocks = tl.cdiv(queries, BLOCK_M)
-    head = (pid // blocks % heads).to(tl.int64)
-    sample = (pid // (blocks * heads)).to(tl.int64)
+    head = pid // blocks % heads
+    sample = pid // (blocks * heads)
     batch = tl.num_programs(0) // (blocks * heads)
     tile = tile_of(pid % blocks, sample, head, queries, BLOCK_M)
     chunk = open_chunk(frames, sample, queries, own is not None)
@@ -172,7 +172,7 @@ def forward_kernel(
         if sink_q is not None and segment == 0:
             tl.debug_barrier()  # or the load moves before the sweeps, where its registers are missing
             tile_q = load_tile(sink_q, tile, columns.k)
-    place = share * batch + sample
+    place = (share * batch + sample).to(tl.int64)
     _store_results(softmax, tile, columns.v, place, chunk.missing, queries, heads, OUT, LSE, D)
 
 

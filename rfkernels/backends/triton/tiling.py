@@ -31,7 +31,7 @@ def dot(a, b, acc=None):
 @triton.jit
 def head_of(x, sample, head):
     """A pointer to the first token of a head."""
-    return x.data + sample * x.sample + head * x.head
+    return x.data + sample.to(tl.int64) * x.sample + head.to(tl.int64) * x.head
 
 
 @triton.jit
