@@ -196,5 +196,5 @@ def test_a_wheel_of_another_cuda_major_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     for version, reason in (("12.8", "built with CUDA 13.0, torch with CUDA 12.8"), ("13.2", None)):
         monkeypatch.setattr(torch.version, "cuda", version)
-        found = cuda.why_not(torch.device("cuda"))
+        found = cuda.unavailable(torch.device("cuda"))
         assert (found is None) if reason is None else (reason in found), found

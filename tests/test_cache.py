@@ -133,7 +133,7 @@ def test_from_wan_config_is_the_published_model():
 
 
 def test_paper_shape_accumulators_cost_what_the_docs_say():
-    """57.5 MB a layer at the paper's shape (DESIGN 1.4)."""
+    """57.5 MB a layer at the paper's shape."""
     own, published = (
         rf.EMASinkCache.from_wan_config(num_layers=1, sink_dtype=dtype, device="meta")
         for dtype in (None, torch.bfloat16)

@@ -1,5 +1,5 @@
 // The launch plan of the attention backward for ctypes, and the sizes of the structs that launch.py mirrors.
-#include "../../csrc/cuda/attention_backward_params.h"
+#include "../../csrc/cuda/attention/backward_params.h"
 
 using namespace rfkernels::cuda;
 

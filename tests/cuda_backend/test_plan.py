@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from rfkernels.backends import cuda
+from rfkernels.backends.cuda import compiled
+from rfkernels.backends.cuda.requests import NO_MASK, AttentionForward, Keys
 from rfkernels.contract.geometry import WindowMask
+from rfkernels.contract.requests import Cotangents, WindowAttention, WindowGradients
 
 KB = 1 << 10
 GPUS = {  # multiprocessors, bytes of shared memory of one, and what one block may have of them
@@ -34,9 +37,9 @@ def forward(emulated, gpu: str, queries: int, keys: int, *, batch=1, heads=1, he
     with emulated.planning(*GPUS[gpu][:2]) as plans:
         if mask is None:
             frames = torch.zeros(batch, dtype=torch.int64)
-            cuda._ops.attention_forward(q, k, k, None, None, frames, 1, keys, *cuda._NO_MASK, None, None, False, 0.1)
+            compiled.attention_forward(AttentionForward(q, Keys(k, k, None, None, frames, 1, keys, NO_MASK), None, 0.1))
         else:
-            cuda.sink_window_attention(q, k, k, None, mask, 0.1)
+            cuda.sink_window_attention(WindowAttention(q, k, k, mask, None, 0.1))
     return plans
 
 
@@ -101,7 +104,9 @@ def backward(emulated, queries: int, keys: int, heads: int, kv_heads: int, head_
     q, out = (torch.empty(1, queries, heads, head_dim, dtype=BF16) for _ in range(2))
     k, lse = torch.empty(1, keys, kv_heads, head_dim, dtype=BF16), torch.empty(1, heads, queries)
     with emulated.planning(*GPUS["A100"][:2]) as plans:
-        cuda.sink_window_attention_backward(out, lse, q, k, k, out, lse, None, WindowMask(4, 64, 1, 1, True), 0.1)
+        given = Cotangents(out, lse, out, lse)
+        request = WindowAttention(q, k, k, WindowMask(4, 64, 1, 1, True), None, 0.1)
+        cuda.sink_window_attention_backward(WindowGradients(given, request))
     return plans
 
 
