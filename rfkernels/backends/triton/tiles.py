@@ -17,7 +17,7 @@ from .launch import padded
 _INTERPRETER_PROCESSORS = 8  # so that small tests both split and do not
 
 
-class Tile(NamedTuple):
+class TileSize(NamedTuple):
     """rows of queries, keys, warps of a program, stages of its pipeline."""
 
     rows: int
@@ -45,60 +45,69 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def forward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str, *, rope: bool, shared: bool) -> Tile:
+def forward_tile(
+    arch: int | None, head_dim: int, dtype: torch.dtype, use: str, *, rope: bool, shared: bool
+) -> TileSize:
     """For the forward kernel, by head size and use ("prefix", "chunk" or "window"); shared: by `splits` > 1."""
     block_d = padded(head_dim)
     if arch is None:
-        return Tile(32, 16, 4, 1)  # interpreted: small, so that small shapes straddle tiles
+        return TileSize(32, 16, 4, 1)  # interpreted: small, so that small shapes straddle tiles
     if dtype == torch.float32:
         # Exact products are scalar multiply-adds. With one stage ptxas gathers whole rows of both operands and spills;
         # so it does with 32 keys beside row bounds at 128 columns, and 64 rows leave one block an SM.
         few = block_d > 128 or (block_d, use) == (128, "window")
-        return Tile(32, 16 if few else 32, 4, 2)
+        return TileSize(32, 16 if few else 32, 4, 2)
     if block_d <= 64:
-        return Tile(128, 64, 8, 2)  # 4 warps spill
+        return TileSize(128, 64, 8, 2)  # 4 warps spill
     if block_d == 128:
-        # 128 keys halve the rescaling of the accumulator per score. They spill beside the row bounds of a window; as
-        # shares, and as two ranges of keys, on sm_120 or beside the mask of padded columns.
-        few = use == "window" and (rope or shared or arch >= 100)
-        few = few or (arch == 80 and shared) or (use, arch) == ("chunk", 120)
-        few = few or (use == "chunk" and arch < 100 and head_dim < block_d)
-        few = few or (use, arch, dtype) == ("prefix", 80, torch.float16)  # seen: 8 bytes of stack, none in bfloat16
-        if (use, arch, shared) == ("window", 80, True):
-            return Tile(128, 32, 8, 2)
-        return Tile(128, 64 if few else 128, 8, 2)
-    if arch in (90, 100):  # 64 rows of a window with a rope spill on sm_90
-        return Tile(32 if (arch, use, rope) == (90, "window", True) else 64, 64, 8, 2)
-    return Tile(32, 32, 8, 2) if use == "window" else Tile(64, 32, 8, 2)  # row bounds: 64 rows spill
+        return TileSize(128, _keys_for_128_columns(arch, head_dim, dtype, use, rope=rope, shared=shared), 8, 2)
+    if arch in (90, 100):
+        rows = 32 if (arch, use, rope) == (90, "window", True) else 64  # 64 rows spill there
+        return TileSize(rows, 64, 8, 2)
+    return TileSize(32, 32, 8, 2) if use == "window" else TileSize(64, 32, 8, 2)  # row bounds: 64 rows spill
 
 
-def backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str, of: str, *, short: bool) -> Tile:
+def _keys_for_128_columns(arch: int, head_dim: int, dtype: torch.dtype, use: str, *, rope: bool, shared: bool) -> int:
+    """128 keys halve the rescaling of the accumulator per score; fewer in these cases, in all of which more spill."""
+    window, chunk = use == "window", use == "chunk"
+    exceptions = (
+        (window and arch == 80 and shared, 32),  # row bounds, of a share
+        (window and (rope or shared or arch >= 100), 64),  # row bounds
+        (arch == 80 and shared, 64),  # the bounds of a share
+        (chunk and arch == 120, 64),  # two segments of keys
+        (chunk and arch < 100 and head_dim < 128, 64),  # two segments beside the mask of padded columns
+        ((use, arch, dtype) == ("prefix", 80, torch.float16), 64),  # seen: 8 bytes of stack, none in bfloat16
+    )
+    return next((keys for applies, keys in exceptions if applies), 128)
+
+
+def backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str, of: str, *, short: bool) -> TileSize:
     """For the backward kernel of "queries" or of "keys"; the largest tiles that do not spill.
 
     short: frames of fewer than 64 tokens, so that every element of a tile may have an angle of its own.
     """
     block_d = padded(head_dim)
     if arch is None:
-        return Tile(32, 32, 4, 1)
+        return TileSize(32, 32, 4, 1)
     if dtype == torch.float32:  # two stages spill, as do more rows or keys
         if block_d <= 64:
-            return Tile(32 if of == "queries" else 16, 32, 4, 1)
-        return Tile(16, 16, 4 if block_d == 128 else 8, 1)
+            return TileSize(32 if of == "queries" else 16, 32, 4, 1)
+        return TileSize(16, 16, 4 if block_d == 128 else 8, 1)
     if block_d == 32:  # on sm_90 two stages of 64 rows crash ptxas 12.9 (a window's queries, with a rope)
-        return Tile(64, 32, 8, 1 if (of, arch) == ("queries", 90) else 2)
+        return TileSize(64, 32, 8, 1 if (of, arch) == ("queries", 90) else 2)
     if block_d == 64:  # 4 warps, and 64x64, spill; on sm_120 64 rows of queries do
-        return Tile(32, 64, 8, 2) if (of, arch) == ("queries", 120) else Tile(64, 32, 8, 2)
+        return TileSize(32, 64, 8, 2) if (of, arch) == ("queries", 120) else TileSize(64, 32, 8, 2)
     if block_d == 128:
         if of == "keys":  # 64 rows spill with fragments in registers (sm_80, sm_120) or padded columns (sm_90)
-            return Tile(64 if arch == 100 or (arch == 90 and head_dim == block_d) else 32, 64, 8, 2)
+            return TileSize(64 if arch == 100 or (arch == 90 and head_dim == block_d) else 32, 64, 8, 2)
         if arch == 120 or (use == "window" and (short or arch == 100)):  # 64 rows spill
-            return Tile(32, 64, 8, 2)
-        return Tile(64, 64, 8, 2) if arch == 100 else Tile(64, 32, 8, 2)
+            return TileSize(32, 64, 8, 2)
+        return TileSize(64, 64, 8, 2) if arch == 100 else TileSize(64, 32, 8, 2)
     few = (of, use) == ("queries", "window") and (short or arch == 100)  # 32 rows spill
-    return Tile(16 if few else 32, 32, 8, 1)
+    return TileSize(16 if few else 32, 32, 8, 1)
 
 
-def splits(programs: int, keys: int, tile: Tile, processors: int) -> int:
+def splits(programs: int, keys: int, tile: TileSize, processors: int) -> int:
     """How many programs share the keys of one query tile, where query tiles fill less than two waves of processors.
 
     Computed, not measured, in units of one tile of keys on one processor (which holds one program): shares run in
