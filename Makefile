@@ -23,6 +23,7 @@ bench: $(VENV)/.installed
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 # -v: what is compiled and what is left out is said while it happens. Modules of earlier builds must not get in.
@@ -33,7 +34,7 @@ wheel: $(VENV)/.tools
 $(VENV)/.tools: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q $(TORCH) numpy setuptools wheel cmake ninja pybind11 ruff clang-format
+	$(BIN)/pip install -q $(TORCH) numpy setuptools wheel cmake ninja pybind11 ruff clang-format mypy
 	$(BIN)/pip install -q $(NVCC) || echo "no nvcc from pip: CUDA kernels are left out"
 	touch $@
 

@@ -58,7 +58,8 @@ def _backends(options: Options, dtype: torch.dtype, head_dim: int | None, skippe
     for name, why in rf.explain_backends(options.device).items():
         if name == "auto":
             continue
-        refusal = backends._TABLE[name].refuses(dtype, head_dim)
+        operation = "redmd_loss" if head_dim is None else "streaming_attention"
+        refusal = backends.module(name).unsupported(operation, dtype, head_dim)
         if name not in rf.available_backends(options.device):
             skipped[OURS + name] = why.removeprefix("not available: ")
         elif refusal is not None:

@@ -18,7 +18,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 import rfkernels as rf
 from rfkernels import backends, native, ops
-from rfkernels.backends import dense
+from rfkernels.backends.sdpa import dense
 
 from . import usual
 from .cases import CASES, Stream
@@ -190,18 +190,21 @@ def our_chunk(case: Stream, device: str, backend: str = "sdpa") -> Callable[[], 
     layers = list(cache)
 
     def call():
-        with mock.patch.object(backends, "_chosen", backend), mock.patch.dict(backends._TABLE, _everywhere(backend)):
-            cache.begin_chunk(case.frames)
+        with _everywhere(backend):
+            cache.begin_chunk(case.frames, backend=backend)
             for _ in range(case.passes):
                 for layer in layers:
-                    rf.streaming_attention(q, k, v, layer)
+                    rf.streaming_attention(q, k, v, layer, backend=backend)
 
     return call
 
 
-def _everywhere(name: str) -> dict[str, backends.Backend]:
-    """The backend's row, whatever devices there are."""
-    return {name: replace(backends._TABLE[name], why_not=lambda device: None)}
+@contextlib.contextmanager
+def _everywhere(name: str) -> Iterator[None]:
+    """The backend is available whatever devices there are."""
+    anywhere = mock.patch.object(backends.module(name), "unavailable", lambda device: None)
+    with anywhere, mock.patch.object(backends, "_choices", {}):
+        yield
 
 
 def one_kernel(q, k, v, attn_mask=None, *, scale=None, enable_gqa=False):

@@ -85,7 +85,7 @@ def phases(preset: str, device: torch.device, timer: Timer, rounds: int = 7) -> 
     sampler = StreamingSampler(model, height=height, width=width)
     cache, marks = sampler.cache, Phases(timer)
     text = torch.randn(1, model.config.text_len, model.config.text_dim, device=device, dtype=model.dtype)
-    latents = torch.randn(1, sampler.chunk_frames, *sampler.shape, device=device)
+    latents = torch.randn(1, sampler.settings.chunk_frames, *sampler.shape, device=device)
     timestep = torch.full((1,), 500.0, device=device)
     for block in model.blocks:
         block.ffn.forward = marks.wrap(block.ffn.forward, "feed-forward")
@@ -97,14 +97,14 @@ def phases(preset: str, device: torch.device, timer: Timer, rounds: int = 7) -> 
     attended = mock.patch.object(wan, "streaming_attention", marks.wrap(wan.streaming_attention, "attention"))
     crossed = mock.patch.object(wan.F, "scaled_dot_product_attention", marks.wrap(sdpa, "cross-attention"))
     found: dict[str, list[float]] = defaultdict(list)
-    shape = (1, sampler.chunk_frames * cache.frame_tokens, cache.num_kv_heads, cache.head_dim)
+    shape = (1, sampler.settings.chunk_frames * cache.frame_tokens, cache.num_kv_heads, cache.head_dim)
     k, v = (torch.randn(shape, device=device, dtype=cache.dtype) for _ in range(2))
     with torch.no_grad(), attended, crossed, no_collections():
         kv = model.encode_context(text)
         for i in range(rounds + 4):
             marks.spans.clear()
             with marks.phase("begin_chunk"):
-                cache.begin_chunk(sampler.chunk_frames)
+                cache.begin_chunk(sampler.settings.chunk_frames)
             start = timer.mark()
             model(latents, timestep, kv, cache)
             end = timer.mark()
@@ -186,7 +186,7 @@ def end_to_end(preset: str, device: torch.device, timer: Timer, chunks: int = 20
         marks.spans.clear()
         return row | {DECODE: timer.between(made, end), "total": timer.between(start, end)}
 
-    fill = -(-sampler.cache._geometry.capacity // sampler.chunk_frames) + 1
+    fill = -(-sampler.cache._geometry.capacity // sampler.settings.chunk_frames) + 1
     with torch.no_grad():
         warm_up = [one(prompt() if i == 0 else None)["total"] for i in range(fill)]
         sampler.reset()
@@ -199,7 +199,7 @@ def end_to_end(preset: str, device: torch.device, timer: Timer, chunks: int = 20
             rows = [one() for _ in range(chunks)]
     totals, decodes = [row["total"] for row in rows], [row[DECODE] for row in rows]
     parts = (*PASSES, *([] if decoder is None else [DECODE]), "total")
-    pictures = sampler.chunk_frames * (1 if decoder is None else 4)
+    pictures = sampler.settings.chunk_frames * (1 if decoder is None else 4)
     steady = percentiles(totals)
     alone = percentiles([total - decode for total, decode in zip(totals, decodes, strict=True)])
     result = {

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 
 from rfkernels import Rope3D
-from rfkernels.contract.requests import CacheTensors, Past
 from rfkernels.backends import triton as backend
 from rfkernels.contract.geometry import CacheGeometry, WindowMask
+from rfkernels.contract.requests import CacheTensors, Past
 
 Calls = dict[str, Callable[[], object]]
 

@@ -1,6 +1,6 @@
 """What streaming video models usually do, and published loss code, as baselines to measure against.
 
-Written from the description of the procedures (DESIGN section 0 and 1.6), for comparison only.
+Written from the description of the procedures (README.md, docs/semantics.md), for comparison only.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 import rfkernels as rf
-from rfkernels import demo, generate, native
-from rfkernels.tiny import command as train
+from rfkernels import native
+from rfkernels.tools import demo, generate
+from rfkernels.tools.tiny import command as train
 
 
 def info(args: argparse.Namespace) -> int:

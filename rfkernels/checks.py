@@ -67,14 +67,6 @@ def number(name: str, value, low: float, high: float, open_low: bool = False) ->
     return float(value)
 
 
-def chunk_lengths(chunk_frames: int, first_chunk_frames: int | None, window_frames: int) -> tuple[int, int]:
-    """Frames of a chunk and of a stream's first one (default the same), both of which the window holds."""
-    chunk_frames = integer("chunk_frames", chunk_frames, 1)
-    window_frames = integer("window_frames", window_frames, chunk_frames)
-    first = chunk_frames if first_chunk_frames is None else first_chunk_frames
-    return chunk_frames, integer("first_chunk_frames", first, 1, window_frames)
-
-
 def scale(value: float | None, head_dim: int) -> float:
     """The softmax scale; default ``head_dim ** -0.5``."""
     if value is None:

@@ -12,12 +12,14 @@ def check(
     what: str = "",
     least: float = 0.0,
     dtype: torch.dtype | None = None,
+    cancelled: float = 0.0,
 ) -> None:
     """exact: float64; plain: what plain PyTorch gives in ``got``'s dtype. Infinities and NaN must match exactly.
 
     dtype: whose rounding band counts, where ``got`` is stored wider. least: the magnitude below which the band does not
     shrink. A normaliser has 1: rounding the sum of exponentials by a relative eps moves its logarithm by an absolute
-    eps, however small the logarithm.
+    eps, however small the logarithm. cancelled: the magnitude of sums in float32 whose difference this is, and which is
+    therefore no more exact than they are; it counts by float32's eps, so in half precision hardly at all.
     """
     value, exact, plain = got.detach().cpu().double(), exact.detach().cpu().double(), plain.detach().cpu().double()
     for kind in (torch.isposinf, torch.isneginf, torch.isnan):
@@ -28,6 +30,7 @@ def check(
     error = torch.where(finite, (value - exact).abs(), 0)
     plain_error = (plain - exact)[finite & plain.isfinite()].abs().max().item() if finite.any() else 0.0
     band = torch.finfo(dtype or got.dtype).eps * max(least, exact[finite].abs().max().item())
+    band = max(band, torch.finfo(torch.float32).eps * cancelled)
     worst = error.argmax()
     at = tuple(int(i) for i in torch.unravel_index(worst, error.shape))
     allowed = 2 * plain_error + band

@@ -1,5 +1,6 @@
-"""DESIGN 1.1 and 1.2 taken literally, in float64: frames in Python lists, everything rotated anew at every pass.
+"""docs/semantics.md, "Streaming attention" and "Positions", taken literally: Python lists of frames, in float64.
 
+Everything is rotated anew at every pass.
 Nothing here is shared with the package, so that a wrong definition cannot hide in both.
 """
 

@@ -24,7 +24,7 @@ CEILINGS = {"float32": {"TFLOP/s": 1e-3}, "bfloat16": {"TFLOP/s": 1e-3}, "copy":
 
 
 def test_the_papers_numbers():
-    """DESIGN: 0.40 TFLOP for a pass of a layer, 0.17 GB for begin_chunk's layer."""
+    """0.40 TFLOP for a pass of a layer, 0.17 GB for begin_chunk's layer."""
     paper = CASES["paper"]
     assert paper.attention().flops == pytest.approx(4 * 4680 * 14040 * 1536, rel=1e-3)
     assert paper.begin_chunk().bytes / 30 == pytest.approx(0.17e9, rel=0.02)

@@ -126,14 +126,14 @@ def test_full_is_known_on_the_host(device):
 def test_from_wan_config_is_the_published_model():
     cache = rf.EMASinkCache.from_wan_config(num_layers=1, device="meta")
     assert cache._geometry == (3, 6, 1560) and (cache.num_kv_heads, cache.head_dim) == (12, 128)
-    assert cache.dtype == cache.sink_dtype == torch.bfloat16 and cache.alpha == (0.999,) * 12
+    assert cache.dtype == cache.sink_dtype == torch.bfloat16 and cache.alpha == 0.999
     assert rf.EMASinkCache.from_wan_config(num_layers=1, sink_dtype=None, device="meta").sink_v.dtype == torch.float32
     with pytest.raises(ValueError, match=r"local_attn_size.*sink_size=3, got 3"):
         rf.EMASinkCache.from_wan_config(3, 3)
 
 
 def test_paper_shape_accumulators_cost_what_the_docs_say():
-    """57.5 MB a layer at the paper's shape (DESIGN 1.4)."""
+    """57.5 MB a layer at the paper's shape."""
     own, published = (
         rf.EMASinkCache.from_wan_config(num_layers=1, sink_dtype=dtype, device="meta")
         for dtype in (None, torch.bfloat16)
@@ -154,7 +154,6 @@ BAD_CONSTRUCTION = [
     (dict(rope=rf.Rope3D(8, 2, 3)), ValueError, r"rope must cover frame_tokens=4, got height \* width = 2 \* 3"),
     (dict(rope="yes"), TypeError, "rope must be a Rope3D or None, got str"),
     (dict(sink_positions="left"), ValueError, "sink_positions must be .*, got 'left'"),
-    (dict(fuse="pool"), ValueError, "fuse must be \"slot\", got 'pool'"),
     (dict(dtype=torch.int8), TypeError, "dtype must be one of .*, got torch.int8"),
     (dict(sink_dtype=torch.float16, dtype=torch.bfloat16), ValueError, "sink_dtype must be None or one of .*float16"),
 ]
@@ -221,7 +220,7 @@ BAD_CALLS = [
     (lambda c: c.begin_chunk(4), ValueError, "frames must be in 1..3, got 4"),
     (lambda c: c.begin_chunk(2.0), TypeError, "frames must be an integer, got 2.0"),
     (lambda c: c.begin_chunk(2, reopen=3), ValueError, r"reopen must be at most min\(frames=2, .*got 3"),
-    (lambda c: c.begin_chunk(2, replace=-1), ValueError, "reopen must be at least 0, got -1"),
+    (lambda c: c.begin_chunk(2, reopen=-1), ValueError, "reopen must be at least 0, got -1"),
     (lambda c: c.begin_chunk(1, samples=[2]), IndexError, "samples must be below batch_size=2, got 2"),
     (lambda c: c.begin_chunk(1, samples=[-3]), ValueError, "samples must be at least -2, got -3"),
     (lambda c: c.begin_chunk(1, samples=[True, False]), TypeError, "samples must be an integer, got True"),

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rfkernels as rf
 from rfkernels.backends import reference
+from rfkernels.contract.requests import open_frames
 
 
 def make(
@@ -57,16 +58,14 @@ def test_equals_streaming_attention(chunks, group, dtype, device, backend):
 def exact_and_plain(q, k, v, context):
     """(out, lse) of streams of one age in float64, and as plain PyTorch computes them in the dtype given."""
     past, rope = context.past, rf.Rope3D(8, 2, 2).tables(q.device, torch.float64)
-    frames = reference.open_frames(past.num_frames, context.frames)
-    stored = len(past.k) // q.shape[0]
+    frames = open_frames(past.num_frames, context.frames)
     valid = (min(context.geometry.capacity, int(past.num_frames[0])) - context.frames) * context.geometry.frame_tokens
-    past_k, past_v = reference.past_tensors(past) if stored else (k[:, :0], v[:, :0])
 
     def attend(dtype):
         q_, k_ = (reference.rotate(x.double(), frames, rope).to(dtype) for x in (q, k))
         keys, values = (
-            torch.cat([past_k[:, :valid].to(dtype), k_], 1),
-            torch.cat([past_v[:, :valid].to(dtype), v.to(dtype)], 1),
+            torch.cat([past.k[:, :valid].to(dtype), k_], 1),
+            torch.cat([past.v[:, :valid].to(dtype), v.to(dtype)], 1),
         )
         keys, values = (x.repeat_interleave(q.shape[2] // k.shape[2], 2).transpose(1, 2) for x in (keys, values))
         scores = (q_.transpose(1, 2) @ keys.mT) * 8**-0.5

@@ -12,7 +12,7 @@ pytest.importorskip("tqdm", reason="the demo needs tqdm: pip install rfkernels[d
 from PIL import Image
 
 from rfkernels import __main__, demo
-from rfkernels.tiny import clips
+from rfkernels.tools.tiny import clips
 
 
 def test_command_line(tmp_path, capsys):

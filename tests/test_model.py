@@ -102,7 +102,7 @@ def test_teacher_forcing_against_the_dense_mask(device):
 
     def dense(q, k, v, **_):
         at = torch.arange(2 * frames, device=device)[None] % frames
-        q, k = (rf.reference.rotate(x, at, rope) for x in (q, k))
+        q, k = (rf.backends.reference.rotate(x, at, rope) for x in (q, k))
         scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
         return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
 

@@ -1,4 +1,4 @@
-"""The Re-DMD loss against the formula of DESIGN 1.6 in float64, written out sample by sample."""
+"""The Re-DMD loss against the formula of docs/semantics.md in float64, written out sample by sample."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Rotary tables: the split of DESIGN 1.2, other conventions, given frequencies."""
+"""Rotary tables: the published split, other conventions, given frequencies."""
 
 import math
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 pytest.importorskip("skimage", reason="the small model's clips need scikit-image: pip install rfkernels[demo]")
 
 from rfkernels import __main__
-from rfkernels.tiny import clips, evaluate, metrics, phases, presets, streams
+from rfkernels.tools.tiny import clips, evaluate, metrics, phases, presets, streams
 
 
 def panned(speed, motion="pan right", frames=8):

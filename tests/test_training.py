@@ -45,7 +45,7 @@ def test_micro_batches_are_one_big_batch(normalize, device, monkeypatch):
 
 
 def test_the_students_gradient_is_the_formulas(device, monkeypatch):
-    """From what teacher and critic were asked and answered, and the clip's reward: DESIGN 1.6 written out again."""
+    """From what teacher and critic were asked and answered, and the clip's reward: the formula written out again."""
     trainer, asked = make(device, beta=3.0), {"teacher": [], "critic": []}
     for name, calls in asked.items():
         getattr(trainer, name).register_forward_hook(lambda _, args, out, calls=calls: calls.append((*args, out)))

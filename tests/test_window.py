@@ -18,7 +18,7 @@ def inputs(queries, keys, heads=2, kv_heads=2, head_dim=8, batch=2, dtype=torch.
 
 
 def dense(q, k, v, mask: WindowMask, dtype=torch.float64):
-    """Softmax over the keys that the rule of DESIGN 1.5 names, written out key by key."""
+    """Softmax over the keys that the rule of docs/semantics.md names, written out key by key."""
     keys, first = k.shape[1], k.shape[1] - q.shape[1]
     visible = torch.zeros(q.shape[1], keys, dtype=torch.bool)
     for row in range(q.shape[1]):

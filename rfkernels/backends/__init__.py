@@ -29,6 +29,10 @@ _NOTES = {
 }
 
 
+class UnservedError(ValueError):
+    """A backend was named that does not run on the device, or does not serve the operation, dtype or head size."""
+
+
 def module(name: str) -> ModuleType:
     """The module of a backend, by the name that an op carries.
 
@@ -123,7 +127,7 @@ def choose(
         operation: one of ``OPERATIONS``. head_dim: None for the loss, which has no heads.
 
     Raises:
-        ValueError: an unknown name, or a named backend that does not run on the device or serve the call.
+        ValueError: an unknown name; UnservedError, a ValueError: a named backend that does not serve the call.
     """
     return _choose(operation, device, dtype, head_dim, backend or getattr(_named, "backend", None))
 
@@ -133,12 +137,12 @@ def _choose(
 ) -> Choice:
     key = (operation, device, dtype, head_dim, named)
     if key not in _choices:
-        name = _first(operation, device, dtype, head_dim) if named in (None, "auto") else named
-        reason = _refusal(name, operation, device, dtype, head_dim)
-        if reason is not None:
-            raise ValueError(f"backend {name!r} cannot do this: {reason}")
-        reads_full = getattr(module(name), "reads_full", None)
-        _choices[key] = Choice(name, reads_full is not None and reads_full(device))
+        if named is None or named == "auto":
+            named = _first(operation, device, dtype, head_dim)
+        elif (reason := _refusal(named, operation, device, dtype, head_dim)) is not None:
+            raise UnservedError(f"backend {named!r} cannot do this: {reason}")
+        reads_full = getattr(module(named), "reads_full", None)
+        _choices[key] = Choice(named, reads_full is not None and reads_full(device))
     return _choices[key]
 
 
@@ -158,9 +162,9 @@ def _order(operation: str, device: torch.device) -> tuple[Row, ...]:
 
 def _first(operation: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str:
     for name, kernels in _order(operation, device):
-        if _refusal(name, operation, device, dtype, head_dim) is None:
-            if kernels is None or module(name).forward_kernels(device) == kernels:
-                return name
+        serves = _refusal(name, operation, device, dtype, head_dim) is None
+        if serves and (kernels is None or module(name).forward_kernels(device) == kernels):
+            return name
     raise ValueError(f"no backend runs on {device}")
 
 

@@ -13,9 +13,8 @@ import sys
 
 import torch
 
-from ..contract.requests import CacheTensors, Past
 from ..contract.geometry import CacheGeometry, WindowMask
-from ..contract.requests import RopeTables
+from ..contract.requests import CacheTensors, Past, RopeTables
 
 _HEAD_DIMS = range(32, 257, 16)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -113,9 +112,9 @@ def streaming_attention(q, new_k, new_v, cache, num_frames, rope, geometry, scal
 
 def _chunk_keys(k, v, past: Past, rope, geometry: CacheGeometry):
     """Past frames, stacked for as long as the call lasts, and the chunk's own keys as the cache would hold them."""
-    from . import reference
     from ..triton.cache import rotate
     from ..triton.forward import Keys
+    from . import reference
 
     own_k = rotate(k, rope, past.dtype, num_frames=past.num_frames)
     own_v = rotate(v, None, past.dtype)

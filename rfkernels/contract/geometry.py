@@ -1,4 +1,4 @@
-"""Where a frame lives in the cache, and which keys a query sees: DESIGN of rfkernels, in plain integer arithmetic.
+"""Where a frame lives in the cache, and which keys a query sees (docs/semantics.md), in plain integer arithmetic.
 
 The twin of ``csrc/geometry.h`` (``tests/test_geometry.py`` holds the two together). Everything takes Python ints or
 int64 tensors alike, so the same lines serve the host's bookkeeping, the reference and device-side lengths.

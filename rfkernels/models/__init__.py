@@ -3,6 +3,7 @@
 from .checkpoints import from_pretrained, load_checkpoint, save_checkpoint
 from .config import PRESETS, CausalWanConfig
 from .sampler import StreamingSampler
+from .settings import StreamSettings
 from .wan import CausalWan, ChunkMask
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "CausalWan",
     "CausalWanConfig",
     "ChunkMask",
+    "StreamSettings",
     "StreamingSampler",
     "from_pretrained",
     "load_checkpoint",

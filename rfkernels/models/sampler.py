@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from .. import checks
 from ..contract.requests import accumulate_dtype
 from ..draws import draw, keyed_generator
-from ..losses.schedule import FlowMatchSchedule
+from .settings import StreamSettings
 from .wan import KV, CausalWan
 
 TextContext = torch.Tensor | Sequence[KV]  # embeddings [B, n, text_dim], or what CausalWan.encode_context made of them
@@ -24,14 +25,12 @@ class StreamingSampler:
 
     Args:
         model: the transformer, or ``torch.compile`` of it.
-        steps: falling, unshifted, within (0, 1000]; shift: see `FlowMatchSchedule`.
-        chunk_frames: latent frames of a chunk; first_chunk_frames: of the very first one, e.g. 1.
-        sink_frames, window_frames, alpha: of the cache; the window holds at least a chunk.
+        steps, shift: the denoising steps, see `StreamSettings`.
         height, width: of a latent frame. batch_size: streams.
         streams: their numbers, which with the seed decide their noise; default 0..batch_size - 1.
-        context_noise: timestep in 0..1000 (shifted) of the pass over the clean chunk. As published it sets the timestep
-            only; with add_context_noise the chunk is also mixed with noise to that level.
-        cache_options: further arguments of `EMASinkCache` (sink_dtype, sink_positions, dtype).
+        options: the other fields of `StreamSettings` (chunk_frames, first_chunk_frames, sink_frames, window_frames,
+            alpha, context_noise, add_context_noise), and further arguments of `EMASinkCache` (sink_dtype,
+            sink_positions, dtype).
 
     Attributes:
         cache: the `EMASinkCache`. chunk: number of chunks so far. frames: latent frames so far, initial ones included.
@@ -45,38 +44,24 @@ class StreamingSampler:
         model: CausalWan,
         steps: Sequence[float] = (1000, 750, 500, 250),
         shift: float = 5.0,
-        chunk_frames: int = 3,
-        sink_frames: int = 3,
-        window_frames: int = 6,
-        alpha: float = 0.999,
         *,
         height: int = 60,
         width: int = 104,
         batch_size: int = 1,
         streams: Sequence[int] | None = None,
-        first_chunk_frames: int | None = None,
-        context_noise: float = 0.0,
-        add_context_noise: bool = False,
-        **cache_options,
+        **options: Any,
     ):
-        self.model, self.schedule = model, FlowMatchSchedule(shift)
-        self.timesteps = self.schedule.timesteps(steps)
-        self.chunk_frames, self.first_chunk_frames = checks.chunk_lengths(
-            chunk_frames, first_chunk_frames, window_frames
-        )
+        settings, cache_options = StreamSettings.split({"steps": steps, "shift": shift} | options)
+        self.model, self.settings, self.schedule = model, settings, settings.schedule
+        self.timesteps = self.schedule.timesteps(settings.steps)
         batch_size = checks.integer("batch_size", batch_size, 1)
         self.streams = list(range(batch_size) if streams is None else streams)
         if len(self.streams) != batch_size:
             raise ValueError(f"streams must have batch_size={batch_size} numbers, got {len(self.streams)}")
         for stream in self.streams:
             checks.integer("streams", stream, 0)
-        self.context_noise = checks.number("context_noise", context_noise, 0, 1000)
-        self.add_context_noise = bool(add_context_noise)
         self.dtype, self.shape = accumulate_dtype(model.dtype), (model.config.in_channels, height, width)
-        self.cache = model.make_cache(
-            batch_size, height, width, sink_frames=sink_frames, window_frames=window_frames, alpha=alpha,
-            **cache_options,
-        )  # fmt: skip
+        self.cache = model.make_cache(batch_size, height, width, **settings.cache, **cache_options)
         self._context: tuple[TextContext, Sequence[KV]] | None = None  # as given, and encoded
         self.seed = 0
         self._forget()
@@ -107,7 +92,7 @@ class StreamingSampler:
             noise_scale: with source, in (0, 1].
             steps: of this chunk, in place of the sampler's.
             generator: draws the noise, in place of (seed, stream, chunk).
-            frames: of this chunk, default chunk_frames; with source, as many as it has.
+            frames: of this chunk, default as the settings say; with source, as many as it has.
 
         Raises:
             ValueError, TypeError: naming the argument; nothing has changed then. A chunk that failed later (e.g. out of
@@ -182,7 +167,7 @@ class StreamingSampler:
             ValueError, TypeError: as `step`.
         """
         latents, kv = self._latents("latents", latents), self._encoded(context)
-        for chunk in latents.split(self.chunk_frames, 1):
+        for chunk in latents.split(self.settings.chunks(latents.shape[1], self.frames), 1):
             self._begin(chunk.shape[1])
             self._finish(chunk, kv, self._noise(chunk.shape[1]))
 
@@ -202,7 +187,7 @@ class StreamingSampler:
             self._write(window, kv, self._noise(window.shape[1], again=1))
 
     def _next_frames(self) -> int:
-        return self._unfinished or (self.chunk_frames if self.frames else self.first_chunk_frames)
+        return self._unfinished or self.settings.next_chunk(self.frames)
 
     def _begin(self, frames: int) -> None:
         if self._unfinished not in (0, frames):
@@ -217,9 +202,9 @@ class StreamingSampler:
         self.chunk, self.frames, self._unfinished = self.chunk + 1, self.frames + clean.shape[1], 0
 
     def _write(self, clean: torch.Tensor, kv: Sequence[KV], noise: Iterator[torch.Tensor]) -> None:
-        if self.add_context_noise and self.context_noise:
-            clean = self.schedule.add_noise(clean, next(noise), self.context_noise)
-        self._flow(clean, self.context_noise, kv)
+        if self.settings.add_context_noise and self.settings.context_noise:
+            clean = self.schedule.add_noise(clean, next(noise), self.settings.context_noise)
+        self._flow(clean, self.settings.context_noise, kv)
 
     def _flow(self, x: torch.Tensor, timestep: float, kv: Sequence[KV]) -> torch.Tensor:
         return self.model(x, torch.full((len(x),), timestep, device=x.device), kv, self.cache)

@@ -17,10 +17,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import checks
-from ..contract.requests import accumulate_dtype
 from ..attention import chunk_attention, merge_attention, sink_window_attention, streaming_attention
 from ..cache import EMASinkCache
 from ..contexts import Context
+from ..contract.requests import accumulate_dtype
 from ..rope import Rope3D
 from .config import CausalWanConfig
 

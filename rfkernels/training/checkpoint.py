@@ -6,17 +6,18 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import state_dict as whole
-from torch.distributed.tensor import DTensor
 
 from ..models.checkpoints import save_weights
+from ..models.wan import CausalWan
+from .sharding import full, sharded_like
 from .trainer import ReDMDTrainer
 
-_WHOLE = whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
 _NETWORKS = ("student", "critic", "ema")
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -27,19 +28,20 @@ def save_trainer(trainer: ReDMDTrainer, folder: str | os.PathLike, extra: dict |
 
     Sharded weights are gathered on rank 0, which writes; every rank calls this. The folder is replaced as a whole.
     """
+    whole, options = _whole_states()
     weights = {
-        "student": whole.get_model_state_dict(trainer.student, options=_WHOLE),
-        "critic": whole.get_model_state_dict(trainer.critic, options=_WHOLE),
+        "student": whole.get_model_state_dict(trainer.student, options=options),
+        "critic": whole.get_model_state_dict(trainer.critic, options=options),
     }
     if trainer.ema is not None:
-        weights["ema"] = {name: _full(x).cpu() for name, x in trainer.ema.items()}
+        weights["ema"] = {name: full(x).cpu() for name, x in trainer.ema.items()}
     state = {
         "step": trainer.step_index,
         "unfinished": trainer.unfinished is not None,
         "config": asdict(trainer.config),
         # Of one that has not stepped, torch would make up a state, with a step done.
         "optimizers": [
-            whole.get_optimizer_state_dict(model, optimizer, options=_WHOLE) if optimizer.state else None
+            whole.get_optimizer_state_dict(model, optimizer, options=options) if optimizer.state else None
             for model, optimizer in _optimizers(trainer)
         ],
         "random": _gather_objects(trainer, _random_state()),
@@ -82,16 +84,18 @@ def load_trainer(trainer: ReDMDTrainer, folder: str | os.PathLike) -> dict:
         expected = (trainer.critic if name == "critic" else trainer.student).state_dict()
         if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in expected.items()}:
             raise ValueError(f"{folder / name} must hold the {name}'s weights, got those of another model")
-    whole.set_model_state_dict(trainer.student, weights["student"], options=_WHOLE)
-    whole.set_model_state_dict(trainer.critic, weights["critic"], options=_WHOLE)
+    whole, options = _whole_states()
+    whole.set_model_state_dict(trainer.student, weights["student"], options=options)
+    whole.set_model_state_dict(trainer.critic, weights["critic"], options=options)
     for (model, optimizer), saved in zip(_optimizers(trainer), state["optimizers"], strict=True):
         if saved is None:
             optimizer.state.clear()
         else:
-            whole.set_optimizer_state_dict(model, optimizer, saved, options=_WHOLE)
+            whole.set_optimizer_state_dict(model, optimizer, saved, options=options)
     trainer.ema = None
     if "ema" in weights:
-        trainer.ema = {name: _like(weights["ema"][name], p.detach().float()) for name, p in trainer.weights.items()}
+        own_weights = trainer.weights.items()
+        trainer.ema = {name: sharded_like(weights["ema"][name], p.detach().float()) for name, p in own_weights}
     trainer.step_index = state["step"]
     trainer.unfinished = {} if state["unfinished"] else None
     if trainer.rank < len(state["random"]):
@@ -99,21 +103,15 @@ def load_trainer(trainer: ReDMDTrainer, folder: str | os.PathLike) -> dict:
     return state["extra"]
 
 
-def _optimizers(trainer: ReDMDTrainer):
+def _whole_states() -> tuple[ModuleType, Any]:
+    """torch's functions for state dicts that are gathered from all ranks, and the options that ask for that."""
+    from torch.distributed.checkpoint import state_dict
+
+    return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def _optimizers(trainer: ReDMDTrainer) -> tuple[tuple[CausalWan, torch.optim.Optimizer], ...]:
     return (trainer.student, trainer.optimizer), (trainer.critic, trainer.critic_optimizer)
-
-
-def _full(x: torch.Tensor) -> torch.Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def _like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """``x``, sharded as ``like`` is."""
-    if not isinstance(like, DTensor):
-        return x.to(like, copy=True)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(x.to(like.device, like.dtype), like.device_mesh, like.placements)
 
 
 def _random_state() -> dict:

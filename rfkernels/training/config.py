@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 from .. import checks
-from ..losses.schedule import FlowMatchSchedule
+from ..models.settings import StreamSettings
 
 AUTOCAST = {None: None, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class ReDMDConfig:
+class ReDMDConfig(StreamSettings):
     """Settings of a `ReDMDTrainer`. The defaults are the published ones ("Reward Forcing", arXiv 2512.04678), for
     float32; `published` adds what belongs to a run on GPUs.
 
     Args:
+        the fields of `StreamSettings`, and grad_frames, last_step_only, same_step: of the student's rollout, see
+            `SelfForcingRollout`.
         num_frames, height, width: of a training clip's latents.
-        steps, shift, chunk_frames, first_chunk_frames, sink_frames, window_frames, alpha, context_noise, grad_frames,
-            last_step_only, same_step: of the student's rollout, see `SelfForcingRollout`.
         beta, guidance_scale, fake_guidance_scale, max_weight: of the loss, see `ReDMDLoss`.
         normalize_weights: divide the weights by their mean over all samples of a step (micro-batches and ranks).
         timestep_bounds: of the scores and of the critic, in 0..1000; uniform for each clip, shifted by ``shift``.
@@ -40,14 +41,6 @@ class ReDMDConfig:
     num_frames: int = 21
     height: int = 60
     width: int = 104
-    steps: tuple[float, ...] = (1000, 750, 500, 250)
-    shift: float = 5.0
-    chunk_frames: int = 3
-    first_chunk_frames: int | None = None
-    sink_frames: int = 3
-    window_frames: int = 6
-    alpha: float = 0.999
-    context_noise: float = 0.0
     grad_frames: int = 21
     last_step_only: bool = False
     same_step: bool = True
@@ -70,14 +63,13 @@ class ReDMDConfig:
     autocast: str | None = None
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         positive = "num_frames height width grad_frames generator_every accumulation total_steps"
         for name in positive.split():
             checks.integer(name, getattr(self, name), 1)
-        for name in ("ema_start", "seed", "sink_frames"):
+        for name in ("ema_start", "seed"):
             checks.integer(name, getattr(self, name), 0)
-        checks.chunk_lengths(self.chunk_frames, self.first_chunk_frames, self.window_frames)
-        checks.number("context_noise", self.context_noise, 0, 1000)
         for name, low in (("lr", 0), ("critic_lr", 0), ("weight_decay", 0)):
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
@@ -87,19 +79,16 @@ class ReDMDConfig:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.autocast not in AUTOCAST:
             raise ValueError(f"autocast must be one of {list(AUTOCAST)}, got {self.autocast!r}")
-        FlowMatchSchedule(self.shift).timesteps(self.steps)
-        FlowMatchSchedule(self.shift).random_timesteps(0, self.timestep_bounds)
+        self.schedule.random_timesteps(0, self.timestep_bounds)
 
     @classmethod
-    def published(cls, **changes) -> ReDMDConfig:
+    def published(cls, **changes: Any) -> ReDMDConfig:
         """The published run: 8 accumulated micro-batches, 601 steps, bfloat16; with fields changed."""
-        return cls(**{"accumulation": 8, "autocast": "bfloat16"} | changes)
+        defaults: dict[str, Any] = {"accumulation": 8, "autocast": "bfloat16"}
+        return cls(**defaults | changes)
 
     @property
-    def rollout(self) -> dict:
+    def rollout(self) -> dict[str, Any]:
         """The arguments of `SelfForcingRollout`."""
-        names = (
-            "steps", "shift", "chunk_frames", "first_chunk_frames", "sink_frames", "window_frames", "alpha",
-            "context_noise", "grad_frames", "last_step_only", "same_step",
-        )  # fmt: skip
+        names = (*(field.name for field in fields(StreamSettings)), "grad_frames", "last_step_only", "same_step")
         return {name: getattr(self, name) for name in names}

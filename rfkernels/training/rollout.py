@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from .. import checks
 from ..contract.requests import accumulate_dtype
 from ..draws import Generators, draw
-from ..losses.schedule import FlowMatchSchedule
+from ..models.settings import StreamSettings
 from ..models.wan import CausalWan
 
 
@@ -39,12 +39,12 @@ class SelfForcingRollout:
 
     Args:
         model: the student, also wrapped by FSDP2.
-        steps, shift, chunk_frames, first_chunk_frames, sink_frames, window_frames, alpha, context_noise,
-            add_context_noise: as in `StreamingSampler`.
+        steps, shift: the denoising steps, see `StreamSettings`.
         grad_frames: chunks that begin within the last so many frames have a gradient.
         last_step_only: every chunk takes all steps.
         same_step: one choice for all chunks; False: one for each.
-        cache_options: further arguments of `EMASinkCache` (dtype, sink_dtype, sink_positions).
+        options: the other fields of `StreamSettings`, and further arguments of `EMASinkCache` (dtype, sink_dtype,
+            sink_positions).
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -55,29 +55,18 @@ class SelfForcingRollout:
         model: CausalWan,
         steps: Sequence[float] = (1000, 750, 500, 250),
         shift: float = 5.0,
-        chunk_frames: int = 3,
-        sink_frames: int = 3,
-        window_frames: int = 6,
-        alpha: float = 0.999,
         *,
         grad_frames: int = 21,
         last_step_only: bool = False,
         same_step: bool = True,
-        first_chunk_frames: int | None = None,
-        context_noise: float = 0.0,
-        add_context_noise: bool = False,
-        **cache_options,
+        **options: Any,
     ):
-        self.model, self.schedule = model, FlowMatchSchedule(shift)
-        self.timesteps = self.schedule.timesteps(steps)
-        self.chunk_frames, self.first_chunk_frames = checks.chunk_lengths(
-            chunk_frames, first_chunk_frames, window_frames
-        )
+        settings, cache_options = StreamSettings.split({"steps": steps, "shift": shift} | options)
+        self.model, self.settings, self.schedule = model, settings, settings.schedule
+        self.timesteps = self.schedule.timesteps(settings.steps)
         self.grad_frames = checks.integer("grad_frames", grad_frames, 0)
         self.last_step_only, self.same_step = bool(last_step_only), bool(same_step)
-        self.context_noise = checks.number("context_noise", context_noise, 0, 1000)
-        self.add_context_noise = bool(add_context_noise)
-        self.cache_options = cache_options | dict(sink_frames=sink_frames, window_frames=window_frames, alpha=alpha)
+        self.cache_options = cache_options | settings.cache
 
     def __call__(
         self,
@@ -105,7 +94,7 @@ class SelfForcingRollout:
         Raises:
             ValueError, TypeError: naming the argument.
         """
-        model = self.model
+        model, settings = self.model, self.settings
         checks.tensor("context", context, 3, model.device)
         checks.integer("num_frames", num_frames, 1)
         batch, channels = len(context), model.config.in_channels
@@ -113,7 +102,8 @@ class SelfForcingRollout:
         if initial is not None:
             checks.tensor("initial", initial, 5, model.device)
             checks.shape("initial", initial, batch=batch, frames=None, channels=channels, height=height, width=width)
-        chunks = self._chunks(num_frames, 0 if initial is None else initial.shape[1])
+        given = 0 if initial is None else initial.shape[1]
+        chunks = self.settings.chunks(num_frames, given)
         exits = self._exits(len(chunks), exit_generator, exit_steps)
         cache = model.make_cache(batch, height, width, **self.cache_options)
         with torch.no_grad():
@@ -128,13 +118,13 @@ class SelfForcingRollout:
 
         @torch.no_grad()
         def write(clean: torch.Tensor) -> None:
-            if self.add_context_noise and self.context_noise:
-                clean = self.schedule.add_noise(clean, noise(clean.shape[1]), self.context_noise)
-            predict(clean, self.context_noise, encoded, cache=cache)
+            if settings.add_context_noise and settings.context_noise:
+                clean = self.schedule.add_noise(clean, noise(clean.shape[1]), settings.context_noise)
+            predict(clean, settings.context_noise, encoded, cache=cache)
 
-        for given in () if initial is None else initial.to(dtype).split(self.chunk_frames, 1):
-            cache.begin_chunk(given.shape[1])
-            write(given)
+        for frames in () if initial is None else initial.to(dtype).split(self.settings.chunks(given), 1):
+            cache.begin_chunk(frames.shape[1])
+            write(frames)
         done, first_grad, made = 0, num_frames, []
         for frames, last in zip(chunks, exits, strict=True):
             cache.begin_chunk(frames)
@@ -156,12 +146,6 @@ class SelfForcingRollout:
             if done < num_frames:
                 write(clean.detach())
         return Rollout(torch.cat(made, 1), first_grad, exits)
-
-    def _chunks(self, num_frames: int, before: int) -> list[int]:
-        lengths: list[int] = []
-        while (left := num_frames - sum(lengths)) > 0:
-            lengths.append(min(left, self.chunk_frames if lengths or before else self.first_chunk_frames))
-        return lengths
 
     def _exits(self, chunks: int, generator: torch.Generator | None, given: Sequence[int] | None) -> list[int]:
         steps = len(self.timesteps)

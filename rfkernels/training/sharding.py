@@ -1,12 +1,18 @@
-"""FSDP2: weights, gradients and optimiser states of a `CausalWan` spread over ranks."""
+"""FSDP2: weights, gradients and optimiser states of a `CausalWan` spread over ranks.
+
+torch.distributed is imported where it is used: one process needs none of it, and some builds of torch have none.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ..models.wan import CausalWan
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def shard(model: CausalWan, mesh: DeviceMesh | None = None, dtype: torch.dtype | None = None) -> CausalWan:
@@ -16,9 +22,30 @@ def shard(model: CausalWan, mesh: DeviceMesh | None = None, dtype: torch.dtype |
         mesh: of one dimension, default all ranks.
         dtype: of weights and activations within a pass, e.g. bfloat16; gradients are then reduced in float32.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     policy = MixedPrecisionPolicy()
     if dtype is not None:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return model
+
+
+def is_sharded(x: torch.Tensor) -> bool:
+    """Whether x is a DTensor, asked without importing that."""
+    return hasattr(x, "full_tensor")
+
+
+def full(x: torch.Tensor) -> torch.Tensor:
+    """x, gathered where it is sharded."""
+    return x.full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
+
+
+def sharded_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A copy of x in the dtype, on the device and, if it is sharded, with the placement of ``like``."""
+    if not is_sharded(like):
+        return x.to(like, copy=True)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device, like.dtype), like.device_mesh, like.placements)  # type: ignore[attr-defined]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .. import checks
 from ..draws import draw, keyed_generator
@@ -17,6 +16,7 @@ from ..models.wan import CausalWan
 from .config import AUTOCAST, ReDMDConfig
 from .guidance import predict_clean
 from .rollout import SelfForcingRollout
+from .sharding import full, is_sharded
 
 Batch = tuple[torch.Tensor, Sequence[str]]  # text embeddings [B, n, text_dim], and the prompts that they are of
 _GENERATOR, _CRITIC = 0, 1  # phases of a step, for the keys of its random numbers
@@ -60,7 +60,7 @@ class ReDMDTrainer:
         if dist.is_available() and dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
             for name, model in (("student", student), ("critic", critic)):
-                if self.world > 1 and not all(isinstance(p, DTensor) for p in model.parameters()):
+                if self.world > 1 and not all(is_sharded(p) for p in model.parameters()):
                     raise ValueError(f"{name} must be sharded (rfkernels.training.shard) to train on several ranks")
         self.device = student.device
         for name, model in (("teacher", teacher), ("critic", critic)):
@@ -242,7 +242,7 @@ class ReDMDTrainer:
     def _update(self, name: str, weights: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> torch.Tensor:
         limit = self.config.max_grad_norm
         norm = nn.utils.clip_grad_norm_(weights.values(), float("inf") if limit is None else limit)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = full(norm)
         if not norm.isfinite():
             raise FloatingPointError(f"the {name}'s gradient must be finite, got norm {norm.item()}")
         optimizer.step()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..models import CausalWan, StreamingSampler, from_pretrained
+from ...models import CausalWan, StreamingSampler, from_pretrained
 from . import clips, metrics
 from .presets import PRESETS
 
@@ -66,8 +66,9 @@ def sampler(model: CausalWan, streams: int, sink: Sink, **options) -> StreamingS
     """A sampler as the student was trained, with another sink."""
     tiny = PRESETS["tiny"]
     return StreamingSampler(
-        model, tiny.steps, tiny.shift, tiny.chunk_frames, sink.frames, tiny.window_frames, sink.alpha,
-        height=clips.SIZE, width=clips.SIZE, batch_size=streams, **options,
+        model, tiny.steps, tiny.shift, chunk_frames=tiny.chunk_frames, sink_frames=sink.frames,
+        window_frames=tiny.window_frames, alpha=sink.alpha, height=clips.SIZE,
+        width=clips.SIZE, batch_size=streams, **options,
     )  # fmt: skip
 
 

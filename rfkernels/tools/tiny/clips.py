@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .. import checks
+from ... import checks
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "stereo_motorcycle")
 MOTIONS = ("still", "pan left", "pan right", "pan up", "zoom", "turn")  # of the camera

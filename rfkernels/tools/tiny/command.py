@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ..models import from_pretrained
-from ..models.checkpoints import save_weights
+from ...models import from_pretrained
+from ...models.checkpoints import save_weights
 from . import evaluate, phases
 from .loop import Log, commit
 from .presets import PRESETS, TrainPreset, preset

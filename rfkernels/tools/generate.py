@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from .models import CausalWanConfig, StreamingSampler, from_pretrained
-from .models.checkpoints import read_config
-from .models.video import StreamingDecoder, encode_prompts
+from ..models import CausalWanConfig, StreamingSampler, from_pretrained
+from ..models.checkpoints import read_config
+from ..models.video import StreamingDecoder, encode_prompts
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 NEEDED = ("av", "diffusers", "transformers")
@@ -113,8 +113,8 @@ def _generate(args: argparse.Namespace, folders: dict[str, Path]) -> None:
     context = _encode(args, folders, config, device, dtype)
     model = from_pretrained(folders["transformer"], dtype, device, checkpoint=args.weights).eval()
     sampler = StreamingSampler(
-        model, args.steps, args.shift, args.chunk_frames, args.sink_frames, args.window_frames, args.alpha,
-        height=args.height // space, width=args.width // space,
+        model, args.steps, args.shift, chunk_frames=args.chunk_frames, sink_frames=args.sink_frames,
+        window_frames=args.window_frames, alpha=args.alpha, height=args.height // space, width=args.width // space,
     )  # fmt: skip
     latent_frames = 1 + math.ceil((args.frames - 1) / time)
     decoder = StreamingDecoder(vae)

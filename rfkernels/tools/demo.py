@@ -1,7 +1,7 @@
 """A minute of video from the small model that comes with the package, and what the sink does to it.
 
-The model (`rfkernels.tiny`) was trained on a camera that moves over five photographs. It streams six conditions at
-once through its cache with EMA-Sink, then the same noise without a sink and with a static one.
+The model (`rfkernels.tools.tiny`) was trained on a camera that moves over five photographs. It streams six conditions
+at once through its cache with EMA-Sink, then the same noise without a sink and with a static one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import backends
+from .. import backends
 from .tiny import clips, metrics, streams
 
 CONDITIONS = (
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(1)  # on operations this small threads mostly wait for each other
     begin = time.perf_counter()
     conditions = [clips.Condition.named(*names) for names in CONDITIONS]
-    backend = backends.resolve(device, model.dtype, model.config.head_dim)
+    backend = backends.choose("streaming_attention", device, model.dtype, model.config.head_dim).backend
     print(f"{len(conditions)} streams of {args.frames} latent frames, backend {backend} on {device}")
     sinks = {sink.name: sink for sink in streams.SINKS}
     made = {}

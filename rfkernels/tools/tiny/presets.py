@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..models import CausalWanConfig
+from ...models import CausalWanConfig
 
 
 @dataclass(frozen=True)

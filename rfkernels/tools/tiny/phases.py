@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..draws import keyed_generator
-from ..losses import flow_matching_loss
-from ..models import CausalWan, ChunkMask, load_checkpoint, save_checkpoint
-from ..training import ReDMDConfig, ReDMDTrainer, collect_trajectories, ode_regression_loss
+from ...draws import keyed_generator
+from ...losses import flow_matching_loss
+from ...models import CausalWan, ChunkMask, load_checkpoint, save_checkpoint
+from ...training import ReDMDConfig, ReDMDTrainer, collect_trajectories, ode_regression_loss
 from . import clips, metrics
 from .loop import State, TrainerState, bfloat16_products, train
 from .presets import TrainPreset

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..training import ReDMDTrainer, load_trainer, save_trainer
+from ...training import ReDMDTrainer, load_trainer, save_trainer
 
 
 def commit() -> str:

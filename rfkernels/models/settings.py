@@ -1,0 +1,76 @@
+"""What a stream is made by: shared by the sampler, by rollouts and by the training's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from .. import checks
+from ..losses.schedule import FlowMatchSchedule
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How a stream is generated, chunk by chunk. The defaults are the published ones (arXiv 2512.04678).
+
+    Args:
+        steps: falling, unshifted, within (0, 1000]; shift: see `FlowMatchSchedule`.
+        chunk_frames: latent frames of a chunk; first_chunk_frames: of the very first one, e.g. 1.
+        sink_frames, window_frames, alpha: of the cache; the window holds at least a chunk.
+        context_noise: timestep in 0..1000 (shifted) of the pass over the clean chunk. As published it sets the timestep
+            only; with add_context_noise the chunk is also mixed with noise to that level.
+
+    Raises:
+        ValueError, TypeError: naming the field.
+    """
+
+    steps: Sequence[float] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    chunk_frames: int = 3
+    first_chunk_frames: int | None = None
+    sink_frames: int = 3
+    window_frames: int = 6
+    alpha: float | Sequence[float] | torch.Tensor = 0.999
+    context_noise: float = 0.0
+    add_context_noise: bool = False
+
+    def __post_init__(self) -> None:
+        checks.integer("sink_frames", self.sink_frames, 0)
+        checks.integer("chunk_frames", self.chunk_frames, 1)
+        checks.integer("window_frames", self.window_frames, self.chunk_frames)
+        if self.first_chunk_frames is not None:
+            checks.integer("first_chunk_frames", self.first_chunk_frames, 1, self.window_frames)
+        checks.number("context_noise", self.context_noise, 0, 1000)
+        self.schedule.timesteps(self.steps)
+
+    @classmethod
+    def split(cls, options: dict[str, Any]) -> tuple[StreamSettings, dict[str, Any]]:
+        """The settings among ``options``, and the rest, which is for the cache."""
+        names = {field.name for field in fields(StreamSettings)}
+        own = {name: value for name, value in options.items() if name in names}
+        return StreamSettings(**own), {name: value for name, value in options.items() if name not in names}
+
+    @property
+    def schedule(self) -> FlowMatchSchedule:
+        return FlowMatchSchedule(self.shift)
+
+    @property
+    def cache(self) -> dict[str, Any]:
+        """The arguments of `EMASinkCache` that are set here."""
+        return {"sink_frames": self.sink_frames, "window_frames": self.window_frames, "alpha": self.alpha}
+
+    def next_chunk(self, frames_so_far: int) -> int:
+        """Frames of the next chunk of a stream."""
+        if frames_so_far == 0 and self.first_chunk_frames is not None:
+            return self.first_chunk_frames
+        return self.chunk_frames
+
+    def chunks(self, num_frames: int, frames_so_far: int = 0) -> list[int]:
+        """How ``num_frames`` further frames of a stream are cut into chunks; the last may be short."""
+        lengths: list[int] = []
+        while (left := num_frames - sum(lengths)) > 0:
+            lengths.append(min(left, self.next_chunk(frames_so_far + sum(lengths))))
+        return lengths

@@ -1,0 +1,1 @@
+"""Command-line tools: the demonstration, videos from text, and training of the small model."""
