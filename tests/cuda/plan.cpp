@@ -1,5 +1,5 @@
-// For ctypes: the launch plan of the attention backward, the sizes of the structs that launch.py mirrors, and the ranges
-// that tiles sweep.
+// For ctypes: the launch plan of the attention backward, the sizes of the structs that launch.py mirrors, and the
+// ranges that tiles sweep.
 #include "../../csrc/cuda/attention/backward_params.h"
 #include "../../csrc/cuda/attention/ranges.h"
 
