@@ -6,7 +6,13 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from .attention import chunk_attention, merge_attention, sink_window_attention, streaming_attention
+from .attention import (
+    chunk_attention,
+    dense_attention,
+    merge_attention,
+    sink_window_attention,
+    streaming_attention,
+)
 from .backends import available_backends, explain_backends, use_backend
 from .cache import CacheLayer, EMASinkCache
 from .contexts import Context
@@ -25,6 +31,7 @@ __all__ = [
     "Rope3D",
     "available_backends",
     "chunk_attention",
+    "dense_attention",
     "explain_backends",
     "losses",
     "merge_attention",

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from . import backends, checks
+from . import backends, checks, transforms
 from .cache import CacheLayer
 from .contexts import Context
 from .contract import ops
 from .contract.geometry import WindowMask
-from .contract.requests import ChunkAttention, Past, StreamingAttention, WindowAttention
+from .contract.requests import ChunkAttention, Past, StreamingAttention, WindowAttention, accumulate_dtype
 from .rope import Rope3D
 
-Result = Any  # out, or with return_lse the pair (out, lse): no type says that without writing every argument list thrice
+Result = Any  # out, or with return_lse (out, lse): no type says that without writing every argument list three times
 
 
 def streaming_attention(
@@ -47,13 +47,20 @@ def streaming_attention(
 
     Source: "Reward Forcing" (arXiv 2512.04678), EMA-Sink; positions relative to the visible frames.
     """
+    if not isinstance(layer, CacheLayer):
+        raise TypeError(f"layer must be a layer of a cache, cache[i], got {type(layer).__name__}")
     cache = layer.cache
     cache._check_chunk(q=q, k=k, v=v)
+    checks.not_in_backward("streaming_attention")
     scale = checks.scale(scale, cache.head_dim)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if transforms.in_func():
+        raise RuntimeError("streaming_attention writes into a cache: within torch.func use chunk_attention")
+    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if wants_grad or transforms.active(q, k, v):
         result = chunk_attention(q, k, v, layer.context(), scale, return_lse, backend)
         layer.write(k, v, backend)
         return result
+    cache._written = True
     choice = backends.choose("streaming_attention", cache.device, cache.dtype, cache.head_dim, backend)
     full = choice.reads_full and cache.full  # not asked for otherwise: a compiled caller would depend on it
     request = StreamingAttention(q, layer._write_request(k, v), scale, full, return_lse)
@@ -86,7 +93,10 @@ def chunk_attention(
     backward = backends.choose("chunk_attention_backward", *kind)
     full = (choice.reads_full or backward.reads_full) and past.full
     request = ChunkAttention(q, k, v, Past(past.k, past.v, past.num_frames, full), context.rope, geometry, scale)
-    out, lse = ops.chunk_attention(request, choice.backend, backward.backend)
+    if transforms.active(q, k, v):
+        out, lse = transforms.run("chunk_attention", request, choice.backend, q.device)
+    else:
+        out, lse = ops.chunk_attention(request, choice.backend, backward.backend)
     out = out.to(v.dtype)
     return (out, lse) if return_lse else out
 
@@ -97,7 +107,7 @@ def sink_window_attention(
     v: torch.Tensor,
     *,
     sink_tokens: int,
-    window_tokens: int,
+    window_tokens: int | None,
     chunk_tokens: int = 1,
     first_chunk_tokens: int | None = None,
     own_chunk: bool = True,
@@ -115,7 +125,7 @@ def sink_window_attention(
     Args:
         q: ``[B, N_q, H_q, D]``; k, v: ``[B, N_k, H_kv, D]``; N_q <= N_k, H_kv divides H_q. Any floating dtypes; scores
             are computed with q and k rounded to v's.
-        sink_tokens: >= 0, window_tokens: >= 1, chunk_tokens: >= 1.
+        sink_tokens: >= 0; window_tokens: >= 1, or None for no limit; chunk_tokens: >= 1.
         first_chunk_tokens: >= 1, if the first chunk has another length.
         own_chunk: False hides the query's own chunk (the clean-context half of teacher forcing, to be joined by
             `merge_attention`). A query that sees nothing gets zeros and lse = -inf.
@@ -137,27 +147,106 @@ def sink_window_attention(
     checks.shape("v", v, batch=batch, tokens=k.shape[1], heads=k.shape[2], head_dim=head_dim)
     checks.heads(q, k.shape[2])
     if queries > k.shape[1]:
-        raise ValueError(f"q must have at most as many tokens as k, {k.shape[1]}, got {queries}")
-    first_chunk_tokens = chunk_tokens if first_chunk_tokens is None else first_chunk_tokens
-    counts = {
-        "sink_tokens": checks.integer("sink_tokens", sink_tokens, 0),
-        "window_tokens": checks.integer("window_tokens", window_tokens, 1),
-        "chunk_tokens": checks.integer("chunk_tokens", chunk_tokens, 1),
-        "first_chunk_tokens": checks.integer("first_chunk_tokens", first_chunk_tokens, 1),
-    }
+        raise ValueError(
+            f"q must have at most as many tokens as k, {k.shape[1]}, got {queries} (dense_attention takes any number)"
+        )
+    mask = _window_mask(k.shape[1], sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, own_chunk, rope)
     checks.rope(rope, head_dim)
-    tables = None
-    if rope is not None:
-        for name, count in counts.items():
-            if count % (rope.frame_tokens or 1):
-                raise ValueError(f"{name} must be whole frames of {rope.frame_tokens} tokens with a rope, got {count}")
-        tables = rope.tables(q.device, v.dtype)
+    tables = None if rope is None else rope.tables(q.device, v.dtype)
+    request = WindowAttention(q, k, v, mask, tables, checks.scale(scale, head_dim))
     kind = (q.device, v.dtype, head_dim, backend)
     choice = backends.choose("sink_window_attention", *kind)
     backward = backends.choose("sink_window_attention_backward", *kind)
-    mask = WindowMask(**counts, own_chunk=bool(own_chunk))
-    request = WindowAttention(q, k, v, mask, tables, checks.scale(scale, head_dim))
-    out, lse = ops.sink_window_attention(request, choice.backend, backward.backend)
+    if transforms.active(q, k, v):
+        out, lse = transforms.run("sink_window_attention", request, choice.backend, q.device)
+    else:
+        out, lse = ops.sink_window_attention(request, choice.backend, backward.backend)
+    return (out, lse) if return_lse else out
+
+
+def _window_mask(
+    keys: int, sinks: int, window: int | None, chunk: int, first: int | None, own_chunk: bool, rope: Rope3D | None
+) -> WindowMask:
+    """The checked mask, in numbers that 32 bits hold: a window larger than everything is one that hides nothing."""
+    unlimited = window is None
+    counts = {
+        "sink_tokens": checks.integer("sink_tokens", sinks, 0),
+        "chunk_tokens": checks.integer("chunk_tokens", chunk, 1),
+        "first_chunk_tokens": checks.integer("first_chunk_tokens", chunk if first is None else first, 1),
+    }
+    if window is not None:
+        counts["window_tokens"] = checks.integer("window_tokens", window, 1)
+    tokens = 1 if rope is None else rope.frame_tokens or 1
+    for name, count in counts.items():
+        if count % tokens:
+            raise ValueError(f"{name} must be whole frames of {tokens} tokens with a rope, got {count}")
+    ends = keys + counts["chunk_tokens"] + counts["first_chunk_tokens"]  # no chunk ends later
+    if window is not None and not isinstance(window, torch.SymInt) and window >= ends:
+        unlimited = True
+    if unlimited:
+        # Every earlier key is in the window, and nothing is evicted: neither sinks nor what lies beyond the last key
+        # make a difference.
+        if isinstance(counts["chunk_tokens"], int) and isinstance(keys, int):
+            counts["chunk_tokens"] = min(counts["chunk_tokens"], max(1, keys))
+            counts["first_chunk_tokens"] = min(counts["first_chunk_tokens"], max(1, keys))
+        counts["window_tokens"] = keys + counts["chunk_tokens"] + counts["first_chunk_tokens"]
+        counts["sink_tokens"] = 0
+    elif isinstance(keys, int):
+        counts["sink_tokens"] = min(counts["sink_tokens"], ends)
+    for name, count in counts.items():
+        if isinstance(count, int) and count >= 2**31:
+            raise ValueError(f"{name} must be below 2**31, got {count}")
+    return WindowMask(
+        counts["sink_tokens"], counts["window_tokens"], counts["chunk_tokens"], counts["first_chunk_tokens"],
+        bool(own_chunk),
+    )  # fmt: skip
+
+
+def dense_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Result:
+    """Attention of every query to every key, any number of each: reference images, the steps of a ring.
+
+    With `merge_attention` it extends another result by further keys. Differentiable in q, k and v, through out and lse.
+
+    Args:
+        q: ``[B, N_q, H_q, D]``; k, v: ``[B, N_k, H_kv, D]``, H_kv divides H_q. Any floating dtypes, used as given.
+        scale, backend: as in `sink_window_attention`.
+
+    Returns:
+        out like q in v's dtype; with return_lse also the natural-log normaliser ``[B, H_q, N_q]``. Without keys zeros
+        and -inf.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.tensor(name, x, 4, q.device if name != "q" else None)
+    batch, queries, heads, head_dim = q.shape
+    checks.shape("k", k, batch=batch, tokens=None, heads=None, head_dim=head_dim)
+    keys, kv_heads = k.shape[1:3]
+    checks.heads(q, kv_heads)
+    whole = {"sink_tokens": 0, "window_tokens": None, "chunk_tokens": max(1, keys)}
+    options = {"scale": scale, "return_lse": True, "backend": backend}
+    if queries <= keys or keys == 0:
+        if keys == 0:
+            out = q.new_zeros(q.shape, dtype=v.dtype)
+            lse = q.new_full((batch, heads, queries), -torch.inf, dtype=accumulate_dtype(v.dtype))
+        else:
+            out, lse = sink_window_attention(q, k, v, **whole, **options)
+        return (out, lse) if return_lse else out
+    # More queries than keys: the surplus as further heads of each group, which see the same keys.
+    fold = -(-queries // keys)
+    padded = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, fold * keys - queries))
+    folded = padded.unflatten(1, (fold, keys)).unflatten(3, (kv_heads, -1))  # [B, fold, N_k, H_kv, G, D]
+    out, lse = sink_window_attention(folded.permute(0, 2, 3, 1, 4, 5).flatten(2, 4), k, v, **whole, **options)
+    out = out.unflatten(2, (kv_heads, fold, -1)).permute(0, 3, 1, 2, 4, 5).flatten(3, 4).flatten(1, 2)[:, :queries]
+    lse = lse.unflatten(1, (kv_heads, fold, -1)).permute(0, 1, 3, 2, 4).flatten(3, 4).flatten(1, 2)[..., :queries]
     return (out, lse) if return_lse else out
 
 

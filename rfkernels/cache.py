@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from . import backends, checks
+from . import backends, cache_state, checks, wan_config
 from .contexts import Context, freeze
 from .contract import ops
 from .contract.geometry import CacheGeometry
@@ -46,6 +47,8 @@ class CacheLayer:
         cache = self.cache
         cache._check_chunk(k=k, v=v)
         choice = backends.choose("write", cache.device, cache.dtype, cache.head_dim, backend)
+        checks.not_in_backward("cache[i].write")
+        cache._written = True
         with torch.no_grad():
             ops.write(self._write_request(k.detach(), v.detach()), choice.backend)
 
@@ -133,10 +136,12 @@ class EMASinkCache:
         self.sink_dtype = checks.accumulator(dtype, sink_dtype)
         self.device = torch.empty(0, device=device).device  # "cuda" -> "cuda:0"
         self._geometry = CacheGeometry(self.sink_frames, self.window_frames, self.frame_tokens)
-        self._allocate()
+        with torch.inference_mode(False):  # its tensors outlive the call: they must not be inference tensors
+            self._allocate()
         self._layers = [CacheLayer(self, index) for index in range(self.num_layers)]
         self._set_ages([0] * self.batch_size)
         self.open_frames = 0
+        self._written, self._warned = True, False  # the open chunk, by a layer at least; about one that was not
         self._forget_contexts()
 
     def _allocate(self) -> None:
@@ -172,51 +177,12 @@ class EMASinkCache:
             self._rope_tables = self.rope.tables(self.device, self.dtype, tokens)
 
     @classmethod
-    def from_wan_config(
-        cls,
-        local_attn_size: int = 9,
-        sink_size: int = 3,
-        *,
-        num_layers: int = 30,
-        dim: int = 1536,
-        num_heads: int = 12,
-        latent_height: int = 60,
-        latent_width: int = 104,
-        patch_size: tuple[int, int, int] = (1, 2, 2),
-        batch_size: int = 1,
-        alpha: float = 0.999,
-        dtype: torch.dtype = torch.bfloat16,
-        sink_dtype: torch.dtype | None = torch.bfloat16,
-        sink_positions: str = "before_window",
-        device: torch.device | str | None = None,
-    ) -> EMASinkCache:
+    def from_wan_config(cls, local_attn_size: int = 9, sink_size: int = 3, **config: Any) -> EMASinkCache:
         """A cache from the names of a Wan / Reward-Forcing config; defaults are the published 1.3B model at 832 x 480.
 
-        ``window_frames = local_attn_size - sink_size``. The default ``sink_dtype=torch.bfloat16`` is how the published
-        weights ran: at alpha = 0.999 a bfloat16 sink hardly moves. ``sink_dtype=None`` averages for real.
+        ``window_frames = local_attn_size - sink_size``; ``config``: see `wan_config.cache_arguments`.
         """
-        if checks.integer("local_attn_size", local_attn_size, 1) <= checks.integer("sink_size", sink_size, 0):
-            raise ValueError(f"local_attn_size must exceed sink_size={sink_size}, got {local_attn_size}")
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim={dim}, got {num_heads}")
-        if latent_height % patch_size[1] or latent_width % patch_size[2]:
-            raise ValueError(f"patch_size {patch_size} must divide the latent, {latent_height} x {latent_width}")
-        height, width = latent_height // patch_size[1], latent_width // patch_size[2]
-        return cls(
-            num_layers=num_layers,
-            batch_size=batch_size,
-            num_kv_heads=num_heads,
-            head_dim=dim // num_heads,
-            frame_tokens=height * width,
-            sink_frames=sink_size,
-            window_frames=local_attn_size - sink_size,
-            alpha=alpha,
-            rope=Rope3D(dim // num_heads, height, width),
-            sink_positions=sink_positions,
-            dtype=dtype,
-            sink_dtype=sink_dtype,
-            device=device,
-        )
+        return cls(**wan_config.cache_arguments(local_attn_size, sink_size, **config))
 
     # --- streaming ----------------------------------------------------------------------------------------------------
 
@@ -228,7 +194,7 @@ class EMASinkCache:
         Frames that leave the window because of the new ones are fused into the sink here, once, oldest first.
 
         Args:
-            frames: F in 1..W; may change from call to call.
+            frames: F in 1..W, up to S + W while nothing has been evicted; may change from call to call.
             reopen: 0..min(frames, frames so far). ``begin_chunk(F, reopen=F)`` reopens the newest F, e.g. to
                 recompute the window under another prompt.
             samples: host indices of the streams that advance (default: all). The others reopen their newest F frames;
@@ -238,17 +204,25 @@ class EMASinkCache:
         Raises:
             ValueError, TypeError, IndexError: naming the argument; the cache is then unchanged.
         """
-        frames = checks.integer("frames", frames, 1, self.window_frames)
         chosen = self._samples(samples)
+        frames = checks.integer("frames", frames, 1, self._geometry.capacity)
         seen = min((self.ages[b] for b in chosen), default=frames)
         reopen = checks.integer("reopen", reopen, 0)
         if reopen > min(frames, seen):
             raise ValueError(f"reopen must be at most min(frames={frames}, frames so far={seen}), got {reopen}")
         new = frames - reopen
         ages = [age + new if b in chosen else age for b, age in enumerate(self.ages)]
+        if frames > self.window_frames and max(ages) > self._geometry.capacity:
+            raise ValueError(
+                f"frames must be in 1..{self.window_frames} once frames are evicted (up to "
+                f"{self._geometry.capacity} while all fit), got {frames}"
+            )
+        self._notice_unwritten(reopen)
         advancing = None
-        if len(chosen) < self.batch_size:
-            advancing = torch.tensor([b in chosen for b in range(self.batch_size)], device=self.device)
+        if len(chosen) < self.batch_size:  # filled on the device: a copy from the host would wait for the stream
+            advancing = torch.zeros(self.batch_size, dtype=torch.bool, device=self.device)
+            for sample in chosen:
+                advancing[sample].fill_(True)
         evicted = self._geometry.evicted_frames
         with torch.no_grad():
             if any(evicted(ages[b]) > evicted(self.ages[b]) for b in chosen):
@@ -262,6 +236,17 @@ class EMASinkCache:
         self.open_frames = frames
         self._set_ages(ages)
         self._forget_contexts()
+
+    def _notice_unwritten(self, reopen: int) -> None:
+        """Warns, once, where a chunk ends that no layer has written: `begin_chunk` is likely called once a pass."""
+        if not (self._written or self._warned or reopen):
+            self._warned = True
+            warnings.warn(
+                f"begin_chunk closes a chunk of {self.open_frames} frames that no layer has written. It is called once "
+                "a chunk, before the first pass, not once a pass: every call evicts frames and fuses them into the sink",
+                stacklevel=3,
+            )
+        self._written = False
 
     def _samples(self, samples: Iterable[int] | None) -> list[int]:
         if samples is None:
@@ -298,15 +283,17 @@ class EMASinkCache:
         self._require_chunk()
         if layer not in self._contexts:
             if self._frozen_num_frames is None:
-                self._frozen_num_frames = self.num_frames.clone()
-            self._contexts[layer] = freeze(
-                self.k[layer], self.v[layer], self._frozen_num_frames, self.full, self._geometry, self._rope_tables,
-                self.open_frames,
-            )  # fmt: skip
+                with torch.inference_mode(False):
+                    self._frozen_num_frames = self.num_frames.clone()
+            with torch.inference_mode(False):
+                self._contexts[layer] = freeze(
+                    self.k[layer], self.v[layer], self._frozen_num_frames, self.full, self._geometry,
+                    self._rope_tables, self.open_frames,
+                )  # fmt: skip
         return self._contexts[layer]
 
     def __getitem__(self, index: int) -> CacheLayer:
-        if not isinstance(index, int):
+        if not isinstance(index, int) or isinstance(index, bool):
             raise TypeError(f"a cache is indexed by layer, an integer, got {index!r}")
         if not -self.num_layers <= index < self.num_layers:
             raise IndexError(f"layer must be in 0..{self.num_layers - 1}, got {index}")
@@ -358,6 +345,7 @@ class EMASinkCache:
                 for sample in chosen:
                     (x if name == "num_frames" else x.transpose(0, 1))[sample].zero_()
         self._set_ages([0 if b in chosen else age for b, age in enumerate(self.ages)])
+        self._written = True
         if len(chosen) == self.batch_size:
             self.open_frames = 0
         self._forget_contexts()
@@ -376,29 +364,18 @@ class EMASinkCache:
         Raises:
             ValueError: a missing or unexpected entry, another geometry, shape or dtype. Nothing is changed then.
         """
-        own, names = self._state_tensors(), {"ages", "open_frames", "geometry"}
-        if set(state) != set(own) | names:
-            raise ValueError(f"state must have the entries {sorted(set(own) | names)}, got {sorted(state)}")
-        description = self._description()
-        for key, value in description.items():
-            if state["geometry"].get(key) != value:
-                raise ValueError(f"state has {key}={state['geometry'].get(key)!r}, this cache has {value!r}")
-        for name, x in own.items():
-            given = state[name]
-            if not isinstance(given, torch.Tensor) or given.shape != x.shape or given.dtype != x.dtype:
-                got = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)
-                raise ValueError(f"state[{name!r}] must be {x.dtype} {tuple(x.shape)}, got {got}")
-        ages, frames = state["ages"], state["open_frames"]
-        checks.integer("state['open_frames']", frames, 0, self.window_frames)
-        if len(ages) != self.batch_size:
-            raise ValueError(f"state['ages'] must have {self.batch_size} entries, got {len(ages)}")
-        ages = [checks.integer("state['ages']", age, 0) for age in ages]
+        own = self._state_tensors()
+        ages, frames = cache_state.checked(state, own, self._description(), self._geometry.capacity)
         with torch.no_grad():
             for name, x in own.items():
                 x.copy_(state[name])
-        self.open_frames = frames
+        self.open_frames, self._written = frames, True
         self._set_ages(ages)
         self._forget_contexts()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy make a cache anew: layers stay views of its tensors. Contexts are left behind."""
+        return _rebuilt, (self._arguments() | {"device": str(self.device)}, self.snapshot())
 
     def snapshot(self) -> dict:
         """A copy of the whole state, for `restore`."""
@@ -447,3 +424,9 @@ class EMASinkCache:
             f"{self.sink_frames} sink + {self.window_frames} window frames of {self.frame_tokens} tokens, "
             f"{self.dtype}, {self.device}, {self.nbytes / 2**20:.1f} MiB)"
         )
+
+
+def _rebuilt(arguments: dict[str, Any], state: dict[str, Any]) -> EMASinkCache:
+    cache = EMASinkCache(**arguments)
+    cache.load_state_dict(state)
+    return cache

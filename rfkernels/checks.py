@@ -63,7 +63,9 @@ def heads(q: torch.Tensor, kv_heads: int) -> None:
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
-    """``value`` is an integer in ``low..high``."""
+    """``value`` is an integer in ``low..high`` (or the symbol of one, in a trace with dynamic shapes)."""
+    if isinstance(value, torch.SymInt):
+        return value
     if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < low or (high is not None and value > high):
@@ -137,3 +139,14 @@ def accumulator(dtype: torch.dtype, sink_dtype: torch.dtype | None) -> torch.dty
     if sink_dtype not in allowed:
         raise ValueError(f"sink_dtype must be None or one of {sorted(map(str, allowed))}, got {sink_dtype}")
     return sink_dtype
+
+
+def not_in_backward(what: str) -> None:
+    """Raises within a backward pass: there, activation checkpointing runs a forward pass again, and a later chunk is
+    open by then."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{what} was called within a backward pass, as activation checkpointing does when it recomputes. It would "
+            "write into the chunk that is open now: give the checkpointed code cache[i].context() and chunk_attention, "
+            "and write after the pass"
+        )

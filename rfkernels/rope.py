@@ -80,11 +80,12 @@ class Rope3D:
         precision = torch.float64 if dtype == torch.float64 else torch.float32
         key = (torch.device(device), precision, frame_tokens)
         if key not in self._tables:
-            self._tables[key] = RopeTables(
-                (self.frequencies[0] / (2 * math.pi)).to(device),
-                self._spatial(frame_tokens).to(device, precision),
-                self.pairing == "half",
-            )
+            with torch.inference_mode(False):  # kept beyond the call, for training too
+                self._tables[key] = RopeTables(
+                    (self.frequencies[0] / (2 * math.pi)).to(device),
+                    self._spatial(frame_tokens).to(device, precision),
+                    self.pairing == "half",
+                )
         return self._tables[key]
 
     def _spatial(self, frame_tokens: int) -> torch.Tensor:
@@ -103,7 +104,9 @@ class Rope3D:
             and all(torch.equal(a, b) for a, b in zip(self.frequencies, other.frequencies, strict=True))
         )
 
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:
+        frequencies = tuple(tuple(axis.tolist()) for axis in self.frequencies)
+        return hash((self.head_dim, self.height, self.width, self.split, self.pairing, frequencies))
 
     def __repr__(self) -> str:
         size = "" if self.height is None else f", height={self.height}, width={self.width}"

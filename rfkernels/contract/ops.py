@@ -107,13 +107,27 @@ def _fake(operation: Operation) -> Callable:
 
 
 def _body(name: str, operation: Operation) -> Callable:
-    """Puts the request together, finds the backend's module by its name, and calls its function."""
+    """Puts the request together, finds the backend's module by its name, and calls its function.
+
+    An op computes what it says whatever surrounds it: autocast, which stays on inside an op's body, is turned off. What
+    is written in place gets a new version, so that autograd notices where it had been saved.
+    """
     from .. import backends  # which itself uses requests
 
     build, find, count = unflattener(operation.request), backends.module, len(leaves(operation.request))
+    written = [index for index, leaf in enumerate(leaves(operation.request)) if leaf.written]
 
     def body(*flat: Any) -> Any:
-        return getattr(find(flat[count]), name)(build(flat))
+        run = getattr(find(flat[count]), name)
+        if torch._C._is_any_autocast_enabled():
+            with torch.autocast(flat[0].device.type, enabled=False):
+                result = run(build(flat))
+        else:
+            result = run(build(flat))
+        for index in written:
+            if flat[index] is not None:
+                torch.autograd.graph.increment_version(flat[index])
+        return result
 
     return body
 
@@ -132,7 +146,7 @@ def _define_public(library: torch.library.Library) -> None:
     for name, operation in OPERATIONS.items():
         # A differentiable op also carries the name of the backend of its backward pass, chosen when it was called.
         names = "str backend, str backward_backend" if name in _DIFFERENTIABLE else "str backend"
-        schema = f"{name}({arguments(operation.request)}, {names}) -> {operation.returns}"
+        schema = f"{name}({arguments(operation.request, symbolic=True)}, {names}) -> {operation.returns}"
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         body = (_streaming_body if name == "streaming_attention" else _body)(name, operation)
         library.impl(name, body, "CompositeExplicitAutograd")

@@ -58,11 +58,15 @@ def leaves(request: type, optional: bool = False) -> list[Field]:
     return found
 
 
-def arguments(request: type) -> str:
-    """The arguments of an op's schema: ``"Tensor(a!) k, Tensor? advancing, int new_frames, ..."``."""
+def arguments(request: type, symbolic: bool = False) -> str:
+    """The arguments of an op's schema: ``"Tensor(a!) k, Tensor? advancing, int new_frames, ..."``.
+
+    symbolic: integers may be symbols of a trace with dynamic shapes.
+    """
     listed, alias = [], iter("abcdefghijklmnopqrstuvwxyz")
     for leaf in leaves(request):
-        kind = f"{leaf.kind}({next(alias)}!)" if leaf.written else leaf.kind
+        kind = "SymInt" if symbolic and leaf.kind == "int" else leaf.kind
+        kind = f"{kind}({next(alias)}!)" if leaf.written else kind
         listed.append(f"{kind}{'?' if leaf.optional else ''} {leaf.name}")
     return ", ".join(listed)
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .. import backends, checks
+from .. import backends, checks, transforms
 from ..contract import ops
 from ..contract.requests import ReDMD, accumulate_dtype
 
@@ -68,7 +68,12 @@ def _redmd(request: ReDMD, backend: str | None) -> tuple[torch.Tensor, torch.Ten
         need_grad=torch.is_grad_enabled() and x.requires_grad,
         **{name: latent.detach() for name, latent in latents.items() if latent is not None},
     )
-    return ops.redmd_loss(request, backends.choose("redmd_loss", x.device, x.dtype, None, backend).backend)
+    backend = backends.choose("redmd_loss", x.device, x.dtype, None, backend).backend
+    if not transforms.active(x):
+        return ops.redmd_loss(request, backend)
+    loss, grad = transforms.run("redmd_loss", request._replace(need_grad=True), backend, x.device)
+    # Its derivative is by definition the gradient that it returns, which also forward mode then finds.
+    return loss.detach() + (grad.detach() * (x - x.detach())).sum().to(loss.dtype), grad
 
 
 def _check_x(x: torch.Tensor) -> None:

@@ -63,7 +63,9 @@ class StreamingSampler:
             checks.integer("streams", stream, 0)
         self.dtype, self.shape = accumulate_dtype(model.dtype), (model.config.in_channels, height, width)
         self.cache = model.make_cache(batch_size, height, width, **settings.cache, **cache_options)
-        self._context: tuple[TextContext, Sequence[KV]] | None = None  # as given, and encoded
+        self._given: TextContext | None = None  # the prompt in force
+        self._keys: Sequence[KV] | None = None  # of it, by weights of the versions `_encoded_by`
+        self._encoded_by: tuple[int, ...] = ()
         self.seed = 0
         self._forget()
 
@@ -224,17 +226,22 @@ class StreamingSampler:
 
     @torch.no_grad()
     def _encoded(self, context: TextContext | None) -> Sequence[KV]:
-        if context is None:
-            if self._context is None:
-                raise ValueError("context must be given for the first chunk")
-            return self._context[1]
-        if self._context is None or context is not self._context[0]:
-            batch = context.shape[0] if isinstance(context, torch.Tensor) else context[0][0].shape[0]
+        """The prompt's keys and values: anew where a prompt is given, or where weights have changed since."""
+        given = self._given if context is None else context
+        if given is None:
+            raise ValueError("context must be given for the first chunk")
+        weights = self._weights()
+        if context is not None or self._keys is None or weights != self._encoded_by:
+            batch = given.shape[0] if isinstance(given, torch.Tensor) else given[0][0].shape[0]
             if batch != len(self.streams):
                 raise ValueError(f"context must have batch_size={len(self.streams)}, got {batch}")
-            encoded = self.model.encode_context(context) if isinstance(context, torch.Tensor) else context
-            self._context = (context, encoded)
-        return self._context[1]
+            keys = self.model.encode_context(given) if isinstance(given, torch.Tensor) else given
+            self._given, self._keys, self._encoded_by = given, keys, weights
+        return self._keys
+
+    def _weights(self) -> tuple[int, ...]:
+        """Changes with every optimiser step and every load. (Not where a LoRA is switched: `switch` then.)"""
+        return tuple(0 if p.is_inference() else p._version for p in self.model.parameters())
 
     def _latents(self, name: str, x: torch.Tensor) -> torch.Tensor:
         checks.tensor(name, x, 5, self.cache.device)
@@ -256,6 +263,7 @@ class StreamingSampler:
         v = cache.sink_v.clone()
         cache.reset()
         self._forget()
+        self._keys = None  # encoded anew for the next video, whatever has changed in the model
         for frame in range(kept):
             cache.begin_chunk(1)
             at = slice(frame * tokens, (frame + 1) * tokens)
@@ -267,8 +275,8 @@ class StreamingSampler:
 
     def snapshot(self) -> dict:
         """A copy of the whole state, for `restore`: to branch a stream, or, by ``torch.save``, to go on another day."""
-        given, encoded = (None, None) if self._context is None else self._context
-        held = given if isinstance(given, torch.Tensor) else None if encoded is None else [tuple(kv) for kv in encoded]
+        given = self._given
+        held = given if given is None or isinstance(given, torch.Tensor) else [tuple(kv) for kv in given]
         return {
             "cache": self.cache.snapshot(),
             "recent": self._recent.clone(),
@@ -297,7 +305,7 @@ class StreamingSampler:
         self._recent = recent.to(self.cache.device, self.dtype, copy=True)
         self.seed, self.streams = snapshot["seed"], list(snapshot["streams"])
         self.chunk, self.frames, self._unfinished = snapshot["counts"]
-        self._context = None
+        self._given = self._keys = None
         if snapshot["context"] is not None:
             self._encoded(_moved(snapshot["context"], self.cache.device))
 

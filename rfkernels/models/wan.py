@@ -71,7 +71,7 @@ class ChunkMask:
 
 def _bidirectional(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope3D) -> torch.Tensor:
     tokens = q.shape[1]
-    return sink_window_attention(q, k, v, sink_tokens=0, window_tokens=tokens, chunk_tokens=tokens, rope=rope)
+    return sink_window_attention(q, k, v, sink_tokens=0, window_tokens=None, chunk_tokens=tokens, rope=rope)
 
 
 def _chunk_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope3D, mask: MaskTokens) -> torch.Tensor:

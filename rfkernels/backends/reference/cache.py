@@ -81,9 +81,9 @@ def write(request: Write) -> None:
     count = new_k.shape[1] // geometry.frame_tokens
     frames = open_frames(request.num_frames, count)
     present = frames >= 0
-    # A missing frame writes back what its ring slot holds; F <= W keeps the slots of a chunk distinct.
-    ring = geometry.sink_frames + (frames - geometry.sink_frames) % geometry.window_frames
-    slots = torch.where(present, geometry.slot(frames), ring)
+    # A missing frame writes back what its slot holds. A stream that lacks some has frames 0 .. N - 1, in slots of the
+    # same number: N .. F - 1 are free.
+    slots = torch.where(present, geometry.slot(frames), frames + count)
     samples = torch.arange(len(frames), device=frames.device)[:, None]
     rotated = rotate(new_k, frames, request.rope, dtype=cache.k.dtype)
     for cached, new in ((cache.k, rotated), (cache.v, store(new_v, cache.v.dtype))):
