@@ -243,7 +243,7 @@ class EMASinkCache:
             self._warned = True
             warnings.warn(
                 f"begin_chunk closes a chunk of {self.open_frames} frames that no layer has written. It is called once "
-                "a chunk, before the first pass, not once a pass: every call evicts frames and fuses them into the sink",
+                "a chunk, before the first pass, not once a pass: each call evicts frames and fuses them into the sink",
                 stacklevel=3,
             )
         self._written = False

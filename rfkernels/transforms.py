@@ -38,8 +38,8 @@ def run(operation: str, request: tuple[Any, ...], backend: str, device: torch.de
     """
     if backend not in ("reference", "sdpa"):
         raise backends.UnservedError(
-            f"backend {backend!r} cannot do this: {operation} has forward-mode derivatives, and works within torch.func, "
-            'in plain torch operations only: give backend="reference"'
+            f"backend {backend!r} cannot do this: {operation} has forward-mode derivatives, and works within "
+            'torch.func, in plain torch operations only: give backend="reference"'
         )
     with torch.autocast(device.type, enabled=False):
         return getattr(backends.reference, operation)(request)
