@@ -113,7 +113,7 @@ class _Thread(threading.local):
 
 _thread = _Thread()
 _named = threading.local()  # .backend, absent where no block is open; dynamo guards a plain local's attribute by thread
-_choices: dict[tuple, Choice] = {}  # every choice that was made
+_choices: dict[tuple[str, torch.device, torch.dtype, int | None, str | None], Choice] = {}  # every choice that was made
 
 
 def choose(

@@ -265,7 +265,7 @@ class StreamingSampler:
             cache.k[:, :, : kept * tokens] = k
         self.frames = kept
 
-    def snapshot(self) -> dict:
+    def snapshot(self) -> dict[str, Any]:
         """A copy of the whole state, for `restore`: to branch a stream, or, by ``torch.save``, to go on another day."""
         given, encoded = (None, None) if self._context is None else self._context
         held = given if isinstance(given, torch.Tensor) else None if encoded is None else [tuple(kv) for kv in encoded]
@@ -278,7 +278,7 @@ class StreamingSampler:
             "counts": [self.chunk, self.frames, self._unfinished],
         }
 
-    def restore(self, snapshot: dict) -> None:
+    def restore(self, snapshot: dict[str, Any]) -> None:
         """Goes back to a `snapshot` (``torch.load(file, weights_only=True)`` will do), bit for bit.
 
         Raises:
