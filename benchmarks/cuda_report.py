@@ -21,12 +21,13 @@ from pathlib import Path
 from benchmarks import interior, straight
 from benchmarks.aot import SHARED_BLOCK, TOOLS, ctas_per_sm
 from benchmarks.static_report import compare, merge
-from rfkernels.native import find_nvcc
+from rfkernels.toolchain import find_nvcc
 
 ROOT = Path(__file__).parents[1]
+CUDA = ROOT / "csrc" / "cuda"
 BASELINE = Path(__file__).parent / "cuda_baseline.json"
 ARCHITECTURES = (80, 90, 120)
-SMALL_SM = (120,)  # 100 KB of shared memory an SM: the host takes the _k32 kernels there (csrc/cuda_attention.cpp)
+SMALL_SM = (120,)  # 100 KB of shared memory an SM: the host takes the _k32 kernels there (csrc/host/cuda/attention.cpp)
 
 
 @cache
@@ -47,10 +48,10 @@ def sources(head_dims: Sequence[int], dtypes: Sequence[str] = DTYPES, arch: int 
     """The .cu files of the build; of the attention kernels those of some head sizes and dtypes. 9.0 has more."""
     attention = [
         path
-        for kind in ("forward", "backward", *(["hopper"] if arch == 90 else []))
+        for folder, kind in (("sm80", "forward"), ("sm80", "backward"), *([("sm90", "forward")] if arch == 90 else []))
         for head_dim in head_dims
         for dtype in dtypes
-        for path in [ROOT / "csrc" / "cuda" / kind / f"{dtype}_d{head_dim}.cu"]
+        for path in [CUDA / "attention" / folder / "instances" / f"{kind}_{dtype}_d{head_dim}.cu"]
     ]
     return [ROOT / name for name in _set("RF_CUDA_KERNELS") if name.endswith(".cu")] + attention
 
@@ -71,7 +72,7 @@ def chosen(entry: str, arch: int) -> bool:
 
 _ENTRY = re.compile(r"\.entry (\w+)\(.*?\)\s*(.*?)\{(.*?)^\}", re.S | re.M)
 _EXTERN_SHARED = re.compile(r"^\.extern \.shared .* (\w+)\[\];", re.M)
-_STATED = re.compile(r"// dynamic shared memory: (\d+) bytes")  # by state_shared_bytes (csrc/cuda/swizzle.h)
+_STATED = re.compile(r"// dynamic shared memory: (\d+) bytes")  # by state_shared_bytes (csrc/cuda/attention/swizzle.h)
 _ASSEMBLED = re.compile(
     r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
     r".*?Used (\d+) registers([^\n]*)",
@@ -99,7 +100,7 @@ def launch_bounds(ptx: str) -> dict[str, tuple[int, int, int]]:
 def kernels(nvcc: str, source: Path, arch: int) -> Iterator[dict]:
     """Compiles ``source`` with the flags of the build; a row for every kernel in it."""
     with tempfile.TemporaryDirectory() as folder:
-        hopper = source.parent.name == "hopper"
+        hopper = "sm90" in source.parts
         target = f"{arch}a" if hopper else arch
         gencode = f"-gencode=arch=compute_{target},code=sm_{target}"
         flags = [*_set("RF_CUDA_FLAGS"), gencode, "-Xptxas=-v", "-keep", f"-keep-dir={folder}"]
@@ -143,7 +144,7 @@ def interior_rows(nvcc: str, arch: int, head_dims: Sequence[int] = HEAD_DIMS) ->
     """Of the bfloat16 forward kernels that the host takes: what their main loop executes."""
     rows = []
     for head_dim in head_dims:
-        (source,) = (path for path in sources([head_dim], ["bf16"]) if path.parent.name == "forward")
+        (source,) = (path for path in sources([head_dim], ["bf16"]) if path.name.startswith("forward"))
         ptx, disassembly = interior.compiled(nvcc, _set("RF_CUDA_FLAGS"), source, arch)
         rows += [interior.row(k, head_dim, ptx, disassembly) for k in sorted(launch_bounds(ptx)) if chosen(k, arch)]
     return rows

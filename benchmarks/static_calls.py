@@ -15,7 +15,19 @@ import torch
 from rfkernels import Rope3D
 from rfkernels.backends import triton as backend
 from rfkernels.contract.geometry import CacheGeometry, WindowMask
-from rfkernels.contract.requests import CacheTensors, Past
+from rfkernels.contract.requests import (
+    BeginChunk,
+    CacheTensors,
+    ChunkAttention,
+    ChunkGradients,
+    Cotangents,
+    Past,
+    ReDMD,
+    StreamingAttention,
+    WindowAttention,
+    WindowGradients,
+    Write,
+)
 
 Calls = dict[str, Callable[[], object]]
 
@@ -68,25 +80,22 @@ def attention(dtype: torch.dtype, head_dim: int, shape: Shape, queries: int) -> 
     sums = meta(1, shape.kv_heads, shape.sinks * tokens, head_dim, dtype=torch.float32).transpose(1, 2)
     lengths = meta(1, dtype=torch.int64)
     q, own, lse = rows(shape.frames, shape.heads), rows(shape.frames, shape.kv_heads), normaliser(shape.frames)
-    frame = meta(tokens, shape.kv_heads, head_dim)
-    past = Past(*[[frame] * (capacity - shape.frames)] * 2, lengths, True, dtype)
+    before = rows(capacity - shape.frames, shape.kv_heads)
     long_q, keys, long_lse = rows(queries, shape.heads), rows(capacity, shape.kv_heads), normaliser(queries)
+
+    write = Write(CacheTensors(held, held, sums, sums), lengths, own, own, tables, geometry)
+    stream = StreamingAttention(q, write, scale, False, False)
+    chunk = ChunkAttention(q, own, own, Past(before, before, lengths, True), tables, geometry, scale)
+    rotated, plain = (WindowAttention(long_q, keys, keys, mask, rope, scale) for rope in (tables, None))
+    back, long_back = Cotangents(q, lse, q, lse), Cotangents(long_q, long_lse, long_q, long_lse)
     return {
-        "streaming": lambda: backend.streaming_attention(
-            q, own, own, CacheTensors(held, held, sums, sums), lengths, tables, geometry, scale, True, False
-        ),
-        "chunk": lambda: backend.chunk_attention(q, own, own, past, tables, geometry, scale),
-        "chunk backward": lambda: backend.chunk_attention_backward(
-            q, lse, q, own, own, q, lse, past, tables, geometry, scale
-        ),
-        "window, rope": lambda: backend.sink_window_attention(long_q, keys, keys, tables, mask, scale),
-        "window": lambda: backend.sink_window_attention(long_q, keys, keys, None, mask, scale),
-        "window backward, rope": lambda: backend.sink_window_attention_backward(
-            long_q, long_lse, long_q, keys, keys, long_q, long_lse, tables, mask, scale
-        ),
-        "window backward": lambda: backend.sink_window_attention_backward(
-            long_q, long_lse, long_q, keys, keys, long_q, long_lse, None, mask, scale
-        ),
+        "streaming": lambda: backend.streaming_attention(stream),
+        "chunk": lambda: backend.chunk_attention(chunk),
+        "chunk backward": lambda: backend.chunk_attention_backward(ChunkGradients(back, chunk)),
+        "window, rope": lambda: backend.sink_window_attention(rotated),
+        "window": lambda: backend.sink_window_attention(plain),
+        "window backward, rope": lambda: backend.sink_window_attention_backward(WindowGradients(long_back, rotated)),
+        "window backward": lambda: backend.sink_window_attention_backward(WindowGradients(long_back, plain)),
     }
 
 
@@ -111,7 +120,8 @@ def begin_chunk(
     decay = None if static else torch.empty(2, shape.kv_heads, device="meta")
     advancing = None if shape is PAPER else lengths.to(torch.bool)
     cache = CacheTensors(held, held, sink, None if static else sink)
-    return lambda: backend.begin_chunk(cache, lengths, shape.frames, advancing, decay, tables, geometry, before_window)
+    request = BeginChunk(cache, lengths, shape.frames, advancing, decay, tables, geometry, before_window)
+    return lambda: backend.begin_chunk(request)
 
 
 def loss(dtype: torch.dtype, masked: bool) -> Callable[[], object]:
@@ -119,7 +129,8 @@ def loss(dtype: torch.dtype, masked: bool) -> Callable[[], object]:
     latent = torch.empty(1, 21, 16, 60, 104, dtype=dtype, device="meta")
     weight, mask = torch.empty(1, device="meta"), latent.to(torch.bool) if masked else None
     unguided = latent if masked else None
-    return lambda: backend.redmd_loss(latent, latent, latent, latent, unguided, weight, mask, 3.0, 1.0, True)
+    request = ReDMD(latent, latent, latent, latent, unguided, weight, mask, 3.0, 1.0, True)
+    return lambda: backend.redmd_loss(request)
 
 
 def calls(dtype: torch.dtype, head_dim: int) -> Calls:

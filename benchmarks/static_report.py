@@ -21,7 +21,7 @@ import triton
 
 from benchmarks.aot import ARCHITECTURES, SHARED_BLOCK, TOOLS, Compiled, compiled
 from benchmarks.static_calls import calls, forms
-from rfkernels.triton import tiles
+from rfkernels.backends.triton import tiles
 
 BASELINE = Path(__file__).parent / "static_baseline.json"
 SURVEYED = (128, 64, 256, 96, 32, 48, 80)
@@ -109,7 +109,7 @@ def anchors(dtype: torch.dtype, arch: int) -> Iterator[dict]:
     rows = (128, 128) if arch in (90, 100) else (128, 64)
     try:
         for stages in (2, 3):
-            tiles.forward_tile = lambda *_, stages=stages, **__: tiles.Tile(*rows, 8, stages)
+            tiles.forward_tile = lambda *_, stages=stages, **__: tiles.TileSize(*rows, 8, stages)
             launched = compiled(calls(dtype, 128)["streaming"], arch)
             yield from (row(f"anchor, {stages} stages", k) for k in launched if k.name == "forward_kernel")
     finally:

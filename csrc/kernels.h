@@ -1,4 +1,4 @@
-// The operations as plain structs: host code fills them in from tensors (arguments.h), CPU loops (cpu/) and CUDA
+// The operations as plain structs: host code fills them in from requests (host/arguments.h), CPU loops (cpu/) and CUDA
 // kernels (cuda/) take them. No torch header.
 #pragma once
 #include <cstdint>
@@ -67,7 +67,7 @@ struct Rotate {
   int64_t frames_batch_stride, entries;
   int64_t first_token;  // of the rows, within a frame
   int64_t frame_tokens;
-  RopeView rope;
+  RopeView rope;    // absent, for the CPU only: x is rounded to out's type
   DType precision;  // of the table and the arithmetic: Float32 or Float64
   bool inverse;
 };

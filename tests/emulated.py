@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 
 import triton
+from patched import serving
 from ptx import emulator
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
-
-from rfkernels import backends
 
 # What a launch must write completely. The cache's kernels, which write parts of a tensor, are checked by their results.
 OUTPUTS = {
@@ -55,6 +53,16 @@ def _only_ptx(*arguments):
     return "only PTX", "only PTX"
 
 
+def _leaves(name: str, kind: str | tuple, value: object) -> dict[str, object]:
+    """What a launch passes for one argument of this signature: a struct's fields one by one, and no constants."""
+    if kind == "constexpr":
+        return {}
+    if isinstance(kind, str):
+        return {name: value}
+    fields = zip(value._fields, kind, value, strict=True)
+    return {key: leaf for field, *pair in fields for key, leaf in _leaves(f"{name}.{field}", *pair).items()}
+
+
 @cache
 def _module(text: str) -> emulator.Module:
     return emulator.Module(text)
@@ -65,12 +73,14 @@ def on_emulator(arch: int) -> Iterator[list[str]]:
     """Within the block ``use_backend("triton")`` serves CPU tensors; lists the kernels that were launched."""
     launched: list[str] = []
     compile_or_launch, knobs = JITFunction.run, triton.knobs.runtime
-    previous = triton.runtime.driver._active, knobs.add_stages_inspection_hook, backends._TABLE["triton"]
+    previous = triton.runtime.driver._active, knobs.add_stages_inspection_hook
 
     def run(self, *args, grid, warmup, **options):
         kernel = compile_or_launch(self, *args, grid=grid, warmup=True, **options)
         given = dict(zip(self.arg_names, args, strict=False)) | options
-        arguments = {name: given[name] for name, kind in kernel.src.signature.items() if kind != "constexpr"}
+        arguments: dict[str, object] = {}
+        for name, kind in kernel.src.signature.items():
+            arguments |= _leaves(name, kind, given[name])
         name = self.fn.__name__
         result = _module(kernel.asm["ptx"]).launch(
             kernel.metadata.name, grid, (32 * kernel.metadata.num_warps,), arguments, kernel.metadata.shared,
@@ -83,9 +93,9 @@ def on_emulator(arch: int) -> Iterator[list[str]]:
     JITFunction.run = run
     triton.runtime.driver._active = _Driver(arch)
     knobs.add_stages_inspection_hook = _only_ptx
-    backends._TABLE["triton"] = replace(previous[2], why_not=lambda device: None)
     try:
-        yield launched
+        with serving("triton"):
+            yield launched
     finally:
         JITFunction.run = compile_or_launch
-        triton.runtime.driver._active, knobs.add_stages_inspection_hook, backends._TABLE["triton"] = previous
+        triton.runtime.driver._active, knobs.add_stages_inspection_hook = previous

@@ -31,7 +31,11 @@ def test_kernels_of_sm_80(nvcc):
 
 
 def test_the_forward_of_hopper(nvcc):
-    check(nvcc, 90, lambda: report.kernels(nvcc, report.ROOT / "csrc" / "cuda" / "hopper" / "bf16_d128.cu", 90))
+    check(
+        nvcc,
+        90,
+        lambda: report.kernels(nvcc, report.CUDA / "attention" / "sm90" / "instances" / "forward_bf16_d128.cu", 90),
+    )
 
 
 @pytest.mark.slow
@@ -50,7 +54,7 @@ def test_faults_are_seen():
 
 
 SERIALISED = """
-#include "{csrc}/cuda/wgmma.h"
+#include "{csrc}/cuda/attention/sm90/wgmma.h"
 using namespace rfkernels::cuda;
 extern "C" __global__ void __launch_bounds__(128) serialised(float* out) {{
   float c[8][4] = {{}};
@@ -68,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(128) serialised(float* out) {{
 @pytest.mark.parametrize("between, serialised", [("", False), ("c[0][0] += 1.0f;", True)], ids=["clean", "touched"])
 def test_serialised_products_are_an_error(nvcc, tmp_path, between, serialised):
     """ptxas only notes that products run one by one, where something touches their registers in between."""
-    source = tmp_path / "hopper" / "kernel.cu"
+    source = tmp_path / "sm90" / "kernel.cu"
     source.parent.mkdir()
     source.write_text(SERIALISED.format(csrc=report.ROOT / "csrc", between=between))
     if serialised:

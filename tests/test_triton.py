@@ -62,14 +62,14 @@ def test_importing_rfkernels_leaves_triton_alone():
 )
 def test_keys_are_shared_where_query_tiles_are_few(tokens, processors, shares):
     """A chunk of three frames over nine, 12 heads; at 64 tokens a frame a merge costs more than it saves."""
-    from rfkernels.triton.tiles import Tile, splits
+    from rfkernels.backends.triton.tiles import TileSize, splits
 
-    tile = Tile(128, 128, 8, 2)
+    tile = TileSize(128, 128, 8, 2)
     assert splits(-(-3 * tokens // tile.rows) * 12, 9 * tokens, tile, processors) == shares
 
 
 def test_tiles_are_chosen_by_families_of_architectures():
-    from rfkernels.triton.tiles import family
+    from rfkernels.backends.triton.tiles import family
 
     known = {80: 80, 86: 80, 89: 80, 90: 90, 100: 100, 103: 100, 110: 100, 120: 120, 121: 120}
     assert {arch: family(arch) for arch in known} == known

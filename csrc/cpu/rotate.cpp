@@ -1,4 +1,5 @@
-// Rotates rows at given frame numbers: queries before attention, gradients after it.
+// Rotates rows at given frame numbers: queries before attention, gradients after it. Without a rope they are rounded
+// only.
 #include <vector>
 
 #include "kernels.h"
@@ -11,8 +12,13 @@ namespace {
 template <class Acc>
 RF_INLINE void rotate_token(const Rotate& a, int64_t sample, int64_t token, const TokenPhases<Acc>& phases, Acc* row) {
   for (int64_t head = 0; head < a.x.heads; ++head) {
-    rotate_memory(a.x.row(0, sample, token, head), a.x.dtype, phases.cos(), phases.sin(), phases.pairs(),
-                  a.rope.half_split, Acc(a.inverse ? -1 : 1), row, a.out.row(0, sample, token, head), a.out.dtype);
+    const char* source = a.x.row(0, sample, token, head);
+    char* target = a.out.row(0, sample, token, head);
+    if (a.rope)
+      rotate_memory(source, a.x.dtype, phases.cos(), phases.sin(), phases.pairs(), a.rope.half_split,
+                    Acc(a.inverse ? -1 : 1), row, target, a.out.dtype);
+    else
+      copy_row(source, a.x.dtype, a.x.head_dim, row, target, a.out.dtype);
   }
 }
 

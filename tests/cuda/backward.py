@@ -1,4 +1,4 @@
-"""The ctypes mirror of csrc/cuda/attention_backward_params.h, and the attention backward on the emulator."""
+"""The ctypes mirror of csrc/cuda/attention/backward_params.h, and the attention backward on the emulator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from cuda.launch import SHORT, TYPES, AttentionProblem, Rows, problem
+from cuda.launch import INSTANCES, SHORT, TYPES, AttentionProblem, Rows, problem
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +78,7 @@ def backward(cuda_module, grad_out, grad_lse, out, lse, q, sink_q, k, v, *, type
     )  # fmt: skip
     given = {"out": out, "grad_out": grad_out, "lse": lse, "grad_lse": grad_lse, "row_terms": row_terms}
     short = SHORT[v.dtype]
-    launch("attention_delta", f"rf_attention_delta_{short}", params, "delta_plan", (), given, ["row_terms"])
+    launch("attention/delta", f"rf_attention_delta_{short}", params, "delta_plan", (), given, ["row_terms"])
 
     params = BackwardParams(
         struct, Rows.of(sink_q), Rows.of(grad_out), row_terms.data_ptr(), *(x.data_ptr() for x in grads.values()),
@@ -88,8 +88,8 @@ def backward(cuda_module, grad_out, grad_lse, out, lse, q, sink_q, k, v, *, type
     tensors = {name: x for name, x in tensors.items() if x is not None}
     counts = [
         launch(
-            f"backward/{short}_d{head_dim}", f"rf_attention_{name}_{short}_d{head_dim}", params, f"{name}_plan",
-            (head_dim,), tensors, written,
+            f"{INSTANCES['sm80']}/backward_{short}_d{head_dim}", f"rf_attention_{name}_{short}_d{head_dim}", params,
+            f"{name}_plan", (head_dim,), tensors, written,
         )
         for name, written in (("grad_q", ["grad_q"]), ("grad_kv", ["grad_k", "grad_v"]))
     ]  # fmt: skip

@@ -18,7 +18,7 @@ def sources_digest() -> str:
 
 def cuda_ptx(name: str) -> str:
     """The PTX of ``csrc/cuda/<name>.cu``, of the oldest architecture that it is for."""
-    arch = "sm_90a" if name.startswith("hopper/") else "sm_80"
+    arch = "sm_90a" if "/sm90/" in name else "sm_80"
     kept = KEPT / f"{name.replace('/', '_')}.{arch}.{sources_digest()}.ptx"
     if not kept.exists():
         KEPT.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def cuda_ptx(name: str) -> str:
 
 @pytest.fixture(scope="session")
 def cuda_module():
-    """``cuda_module("forward/bf16_d128")``: a module of the emulator, parsed once."""
+    """``cuda_module("attention/merge")``: a module of the emulator, parsed once."""
     if reason := emulator.unavailable():
         pytest.skip(reason)
     if find_nvcc() is None:

@@ -1,4 +1,4 @@
-"""The ctypes mirror of csrc/cuda/attention_params.h, and launches of the attention kernels on the emulator."""
+"""The ctypes mirror of csrc/cuda/attention/params.h, and launches of the attention kernels on the emulator."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rfkernels.rope import RopeTables
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+INSTANCES = {"sm80": "attention/sm80/instances", "sm90": "attention/sm90/instances"}
 USES = {"prefix": 0, "chunk": 1, "window": 2}
 
 
@@ -105,7 +106,7 @@ def forward(cuda_module, q, k, v, *, splits: int = 1, keys: int = 0, hopper: boo
     out = torch.empty(shape, dtype=torch.float32 if splits > 1 else v.dtype)
     lse = torch.empty(*shape[:-4], batch, heads, queries)
     params = ForwardParams(struct, out.data_ptr(), lse.data_ptr(), splits, blocks)
-    module = module or cuda_module(f"{'hopper' if hopper else 'forward'}/{name}")
+    module = module or cuda_module(f"{INSTANCES['sm90' if hopper else 'sm80']}/forward_{name}")
     counts = module.launch(
         entry, (blocks * heads * batch, splits), (threads,), [bytes(params)], shared, seed,
         tensors=tensors | {"out": out, "lse": lse}, poison=["out", "lse"],
@@ -122,7 +123,7 @@ def merge(cuda_module, parts: torch.Tensor, part_lse: torch.Tensor, dtype: torch
     tensors = {"parts": parts, "part_lse": part_lse, "out": out, "lse": lse}
     params = MergeParams(*(x.data_ptr() for x in tensors.values()), splits, batch, queries, heads, head_dim)
     rows = batch * queries * heads
-    counts = cuda_module("attention_merge").launch(
+    counts = cuda_module("attention/merge").launch(
         f"rf_attention_merge_{SHORT[dtype]}", (-(-rows // 8),), (256,), [bytes(params)], tensors=tensors,
         poison=["out", "lse"],
     )  # fmt: skip

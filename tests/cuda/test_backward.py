@@ -8,7 +8,7 @@ from cuda.backward import backward
 from cuda.test_forward import padded, tables
 from rfkernels.backends import reference
 from rfkernels.contract.geometry import CacheGeometry, WindowMask
-from rfkernels.contract.requests import Past, open_frames
+from rfkernels.contract.requests import ChunkAttention, Past, WindowAttention, open_frames
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -52,9 +52,8 @@ def run_chunk(cuda_module, dtype, head_dim, *, ages=(2, 9), frames=3, size=(3, 5
     )
 
     def attend(precision, tables_of):
-        entries = ([f for x in p.to(precision) for f in x.split(tokens)] if count else [] for p in (past_k, past_v))
-        past = Past(*entries, num_frames, False, precision)
-        return lambda q, k, v: reference.chunk_attention(q, k, v, past, tables_of, geometry, scale)
+        past = Past(past_k.to(precision), past_v.to(precision), num_frames, False)
+        return lambda *x: reference.chunk_attention(ChunkAttention(*x, past, tables_of, geometry, scale))
 
     out, lse, plain = gradients(attend(dtype, ropes[0]), (q, k, v), grads)
     _, _, exact = gradients(attend(torch.float64, ropes[1]), [x.double() for x in (q, k, v)], grads)
@@ -77,9 +76,13 @@ def run_window(cuda_module, dtype, head_dim, queries, keys, mask, rope=None, hea
     ropes = [tables(head_dim, size, rope == "half", d) if rope else None for d in (dtype, torch.float64)]
     grads = padded(1, queries, heads[0], head_dim, dtype=dtype), torch.randn(1, heads[0], queries)
     scale = head_dim**-0.5
-    out, lse, plain = gradients(lambda *x: reference.sink_window_attention(*x, ropes[0], mask, scale), (q, k, v), grads)
+
+    def attend(rope):
+        return lambda *x: reference.sink_window_attention(WindowAttention(*x, mask, rope, scale))
+
+    out, lse, plain = gradients(attend(ropes[0]), (q, k, v), grads)
     wide = [x.double() for x in (q, k, v)]
-    _, _, exact = gradients(lambda *x: reference.sink_window_attention(*x, ropes[1], mask, scale), wide, grads)
+    _, _, exact = gradients(attend(ropes[1]), wide, grads)
 
     turned, sink_q, turned_k = q, q, k
     if rope:

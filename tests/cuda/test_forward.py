@@ -10,7 +10,7 @@ import rfkernels as rf
 from cuda.launch import SHORT, forward
 from rfkernels.backends import reference
 from rfkernels.contract.geometry import CacheGeometry, WindowMask
-from rfkernels.contract.requests import Past
+from rfkernels.contract.requests import ChunkAttention, Past, WindowAttention, accumulate_dtype, open_frames
 
 BF16, FP16 = torch.bfloat16, torch.float16
 each_kernel = pytest.mark.parametrize("hopper", [False, True], ids=["sm_80", "sm_90a"])
@@ -38,6 +38,16 @@ def tables(head_dim: int, tokens: tuple[int, int], half: bool, dtype: torch.dtyp
     return rope.tables("cpu", dtype)
 
 
+def attend_prefix(q, k, v, num_frames, rope, geometry, scale):
+    """A streaming pass of `reference`, but for what it writes."""
+    frames = open_frames(num_frames, q.shape[1] // geometry.frame_tokens)
+    q = reference.rotate(q, frames, rope, dtype=accumulate_dtype(k.dtype))
+    seen = torch.arange(k.shape[1]) < geometry.valid_frames(num_frames)[:, None] * geometry.frame_tokens
+    present = (frames >= 0).repeat_interleave(geometry.frame_tokens, 1)
+    out, lse = reference.dense_attention(q, k, v, present[:, :, None] & seen[:, None], scale)
+    return out.to(k.dtype), lse
+
+
 def run_prefix(cuda_module, dtype, head_dim, *, frames=3, size=(5, 9), ages=(2, 40), heads=(4, 2), **options):
     tokens, geometry = size[0] * size[1], CacheGeometry(2, 5, size[0] * size[1])
     num_frames = torch.tensor(ages)
@@ -52,8 +62,8 @@ def run_prefix(cuda_module, dtype, head_dim, *, frames=3, size=(5, 9), ages=(2, 
         cuda_module, q, k, v, num_frames=num_frames, rope=rope_tables[0], frame_tokens=tokens,
         capacity=geometry.capacity, scale=scale, **options,
     )  # fmt: skip
-    plain = reference.attend(q, k, v, num_frames, rope_tables[0], geometry, scale)
-    exact = reference.attend(q.double(), k.double(), v.double(), num_frames, rope_tables[1], geometry, scale)
+    plain = attend_prefix(q, k, v, num_frames, rope_tables[0], geometry, scale)
+    exact = attend_prefix(q.double(), k.double(), v.double(), num_frames, rope_tables[1], geometry, scale)
     compare("prefix", (out, lse), exact, plain, dtype)
     return counts
 
@@ -85,18 +95,15 @@ def run_chunk(cuda_module, dtype, head_dim, *, rope=True, ages=(7, 2), **options
         missing = max(frames - age, 0) * tokens
         own_k[sample, :missing] = own_v[sample, :missing] = torch.nan
     rope_tables = [tables(head_dim, size, False, d) if rope else None for d in (dtype, torch.float64)]
-    open_frames = num_frames[:, None] + torch.arange(-frames, 0)
-    rotated = reference.rotate(own_k, open_frames, rope_tables[0])
+    rotated = reference.rotate(own_k, open_frames(num_frames, frames), rope_tables[0])
     results = [
         forward(cuda_module, q, past_k, past_v, own_k=rotated, own_v=own_v, num_frames=num_frames, rope=rope_tables[0],
                 frame_tokens=tokens, capacity=geometry.capacity, scale=0.1, **options)[:2]
     ]  # fmt: skip
     for d, table in ((torch.float64, rope_tables[1]), (dtype, rope_tables[0])):
-        frames_of = [
-            [f for x in past.to(d).unflatten(1, (-1, tokens)) for f in x.unbind(0)] for past in (past_k, past_v)
-        ]
-        past = Past(*frames_of, num_frames, False, d)
-        results.append(reference.chunk_attention(*(x.to(d) for x in (q, own_k, own_v)), past, table, geometry, 0.1))
+        past = Past(past_k.to(d), past_v.to(d), num_frames, False)
+        request = ChunkAttention(*(x.to(d) for x in (q, own_k, own_v)), past, table, geometry, 0.1)
+        results.append(reference.chunk_attention(request))
     compare("chunk", *results, dtype)
 
 
@@ -141,8 +148,9 @@ def run_window(cuda_module, dtype, head_dim, mask, size, queries=None, **options
         frames = torch.arange(keys)[None] // rope_tables[0].frame_tokens
         rotated = reference.rotate(k, frames, rope_tables[0])
     got = forward(cuda_module, q, rotated, v, mask=mask, rope=rope_tables[0], scale=0.2, **options)[:2]
-    plain = reference.sink_window_attention(q, k, v, rope_tables[0], mask, 0.2)
-    exact = reference.sink_window_attention(q.double(), k.double(), v.double(), rope_tables[1], mask, 0.2)
+    plain = reference.sink_window_attention(WindowAttention(q, k, v, mask, rope_tables[0], 0.2))
+    wide = (x.double() for x in (q, k, v))
+    exact = reference.sink_window_attention(WindowAttention(*wide, mask, rope_tables[1], 0.2))
     compare("window", got, exact, plain, dtype)
 
 

@@ -7,9 +7,9 @@ import torch
 from ptx import emulator
 
 from cuda.conftest import cuda_ptx
-from cuda.launch import forward
+from cuda.launch import INSTANCES, forward
 
-NAME, QUERIES, KEYS = "forward/bf16_d128", 128, 1024
+NAME, QUERIES, KEYS = f"{INSTANCES['sm80']}/forward_bf16_d128", 128, 1024
 
 
 def launch(cuda_module, keys: int = KEYS, head_dim: int = 128, **options):

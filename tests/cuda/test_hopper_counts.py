@@ -8,11 +8,11 @@ from ptx import emulator
 
 import rfkernels as rf
 from cuda.conftest import cuda_ptx
-from cuda.launch import forward
+from cuda.launch import INSTANCES, forward
 from cuda.test_forward_counts import KEYS, QUERIES, launch
 from rfkernels.contract.geometry import WindowMask
 
-NAME, HEAD_DIM, TILE_KEYS = "hopper/bf16_d128", 128, 128
+NAME, HEAD_DIM, TILE_KEYS = f"{INSTANCES['sm90']}/forward_bf16_d128", 128, 128
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""csrc/cuda/runtime.cpp, the only host code that calls CUDA, with a fake runtime that writes down what it is asked."""
+"""host/cuda/runtime.cpp, the only host code that calls CUDA, with a fake runtime that writes down what it is asked."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ def runtime(tmp_path_factory):
     if compiler is None or not (ROOT / "csrc").exists():
         pytest.skip("needs a C++ compiler and the source tree")
     library = tmp_path_factory.mktemp("runtime") / "calls.so"
-    sources = [FAKE / "calls.cpp", ROOT / "csrc" / "cuda" / "runtime.cpp"]
+    sources = [FAKE / "calls.cpp", ROOT / "csrc" / "host" / "cuda" / "runtime.cpp"]
     # The folder of fakes is the only place where headers of CUDA and torch are looked for.
     flags = ["-std=c++20", "-shared", "-fPIC", "-I", FAKE, "-I", ROOT / "csrc"]
     subprocess.run(list(map(str, [compiler, *flags, *sources, "-o", library])), check=True)

@@ -1,7 +1,7 @@
 """The CUDA backend on CPU tensors: the host code as it is, its launches executed by the PTX emulator.
 
-``csrc/cuda_*.cpp`` are compiled with ``runtime.cpp`` of this folder in place of the CUDA runtime and register the
-schemas of `rfkernels.ops` once more, as ``torch.ops.rfkernels_emulated``. A launch arrives in `_launch` with the
+``csrc/host/cuda/*.cpp`` are compiled with ``runtime.cpp`` of this folder in place of the CUDA runtime and register the
+schemas of the compiled operators once more, as ``torch.ops.rfkernels_emulated``. A launch arrives in `_launch` with the
 kernel's name, its argument as bytes and the tensors that it points to, and runs the PTX that nvcc makes of the same
 ``csrc/cuda/**/*.cu``. Builds are kept under build/ by the content of what they are made of.
 """
@@ -24,7 +24,9 @@ from cuda.conftest import cuda_ptx
 from ptx import compile as ptx_compile
 from ptx import emulator
 
-from rfkernels import ops
+from rfkernels.backends.cuda import requests
+from rfkernels.contract import ops
+from rfkernels.toolchain import torch_target
 
 ROOT = Path(__file__).parents[2]
 CSRC, HERE = ROOT / "csrc", Path(__file__).parent
@@ -86,10 +88,16 @@ def _modules(name: str) -> emulator.Module:
 
 def _library() -> Path:
     """The host code, compiled with the emulated runtime."""
-    sources = [*CSRC.glob("cuda_*.cpp"), HERE / "runtime.cpp"]
+    host = (path for path in (CSRC / "host" / "cuda").glob("*.cpp") if path.name != "runtime.cpp")
+    sources = [*sorted(host), HERE / "runtime.cpp"]
     torch_folder = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
-    flags += [f"-DRF_NAMESPACE={NAMESPACE}", "-DRF_DISPATCH_KEY=CPU", "-DRF_KERNELS_BY_NAME"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", f"-DTORCH_TARGET_VERSION={torch_target()}"]
+    flags += [
+        f"-DRF_NATIVE_NAMESPACE={NAMESPACE}",
+        f"-DRF_CUDA_NAMESPACE={NAMESPACE}",
+        "-DRF_DISPATCH_KEY=CPU",
+        "-DRF_KERNELS_BY_NAME",
+    ]
     library = BUILD / f"host-{_digest([*sources, *CSRC.rglob('*.h')], torch.__version__, *flags)}.so"
     if not library.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
@@ -105,9 +113,8 @@ def _library() -> Path:
 @cache
 def load():
     """``torch.ops.rfkernels_emulated``, ready to be called."""
-    library = torch.library.Library(NAMESPACE, "DEF")
-    for name, schema in ops._NATIVE_SCHEMAS.items():
-        library.define(name + schema)
+    library = ops.define_native(NAMESPACE, ops.NATIVE)
+    load.private = requests.define(NAMESPACE, "FRAGMENT")
     library.define(
         "launch(str kernel, int[] grid, int threads, int shared_bytes, Tensor params, Tensor[] tensors, "
         "Tensor[] results) -> ()"

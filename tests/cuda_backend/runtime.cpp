@@ -1,6 +1,6 @@
-// csrc/cuda/runtime.h on the CPU: a launch is a call of the op rfkernels_emulated::launch, which emulated.py
+// csrc/host/cuda/runtime.h on the CPU: a launch is a call of the op rfkernels_emulated::launch, which emulated.py
 // implements.
-#include "cuda/runtime.h"
+#include "host/cuda/runtime.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

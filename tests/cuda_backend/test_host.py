@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import rfkernels as rf
 from rfkernels.backends import cuda
+from rfkernels.contract.requests import ReDMD
 
 BF16, FRAME = torch.bfloat16, 6  # tokens of a frame
 SAMPLES, HEADS, HEAD_DIM = 2, 4, 64
@@ -63,7 +64,8 @@ def loss(device):
     """Below the op: above it a reward on the CPU is looked at."""
     x, fake, real, real_uncond = (torch.randn(SAMPLES, 3, 50, device=device) for _ in range(4))
     weight, mask = torch.ones(SAMPLES, device=device), x > 0
-    return lambda: cuda.redmd_loss(x, fake, real, real_uncond, None, weight, mask, 3.0, 0.0, True)
+    request = ReDMD(x, fake, real, real_uncond, None, weight, mask, 3.0, 0.0, True)
+    return lambda: cuda.redmd_loss(request)
 
 
 OPERATIONS = {function.__name__: function for function in (streaming, chunk, window, loss)}
@@ -115,7 +117,7 @@ def allocations(recorded: list, operator: str) -> list[list[tuple]]:
 BYTES = 0  # the dtype's number: the emulated runtime hands the kernel's parameter on in a tensor
 Q, KV, ROWS = (SAMPLES, 2 * FRAME, HEADS, HEAD_DIM), (SAMPLES, 2 * FRAME, 2, HEAD_DIM), (SAMPLES, HEADS, 2 * FRAME)
 ALLOCATED = {  # by each call: results, and what docs/cuda.md names beside them
-    "streaming": {"begin_chunk": [[]], "write": [[]], "attention_forward": [[Q, ROWS]]},
+    "streaming": {"begin_chunk": [[]], "write": [[]], "streaming_attention": [[Q, ROWS]]},
     "chunk": {"rotate": [[KV], [Q]], "attention_forward": [[Q, ROWS]], "attention_backward": [[Q, KV, KV, (*ROWS, 2)]]},
     "loss": {"redmd_loss": [[(SAMPLES, 3, 50), (), (SAMPLES, 1), (SAMPLES, 1), (SAMPLES, 1)]]},
 }

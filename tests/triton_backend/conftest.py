@@ -8,9 +8,9 @@ from rfkernels.backends import triton
 
 @pytest.fixture(autouse=True)
 def _runs_here(device):
-    why_not = triton.why_not(device)
-    if why_not is not None:
-        pytest.skip(f"test_triton.py runs these in a process of their own; here: {why_not}")
+    reason = triton.unavailable(device)
+    if reason is not None:
+        pytest.skip(f"test_triton.py runs these in a process of their own; here: {reason}")
 
 
 @pytest.fixture(autouse=True)

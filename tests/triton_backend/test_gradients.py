@@ -47,7 +47,7 @@ def test_results_repeat_bit_for_bit(device):
 
 def test_spans_of_several_blocks(device, monkeypatch):
     """Of the loss: what a program sums up where samples are large, here with two programs for three blocks."""
-    from rfkernels.triton import loss
+    from rfkernels.backends.triton import loss
 
     monkeypatch.setattr(loss, "_PROGRAMS", 2)
     grid.run_loss("triton", device, torch.float32, Loss("elements", True, True, (2, 3, 4000)))
@@ -55,7 +55,7 @@ def test_spans_of_several_blocks(device, monkeypatch):
 
 def test_an_output_that_is_not_written_is_caught(device, monkeypatch):
     """The last program of a launch is lost, whose keys nobody sees: their gradients are zeros, all the same written."""
-    from rfkernels.triton import backward
+    from rfkernels.backends.triton import backward
 
     class Shortened:
         def __getitem__(self, size):

@@ -12,13 +12,14 @@ from rfkernels import Rope3D
 
 triton, tl = pytest.importorskip("triton"), pytest.importorskip("triton.language")
 
-from rfkernels.triton.rotation import frame_phases  # noqa: E402
+from rfkernels.backends.triton.rotation import frame_phases  # noqa: E402
+from rfkernels.backends.triton.structs import Rope  # noqa: E402
 
 
 @triton.jit
 def _phases(FRAMES, TURNS, OUT, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr):
     row, pair = tl.arange(0, ROWS), tl.arange(0, BLOCK_D // 2)
-    sin, cos = frame_phases(tl.load(FRAMES + row)[:, None], TURNS, BLOCK_D, PAIRS)
+    sin, cos = frame_phases(tl.load(FRAMES + row)[:, None], Rope(TURNS, None, PAIRS, False), BLOCK_D)
     at = OUT + (row[:, None] * (BLOCK_D // 2) + pair[None, :]) * 2
     tl.store(at, sin)
     tl.store(at + 1, cos)

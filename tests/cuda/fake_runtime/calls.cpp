@@ -1,6 +1,6 @@
 // runtime.h for ctypes. A call returns what it did, line by line, or "error: " and the text that was thrown.
-#include "cuda/runtime.h"
 #include "cuda_runtime_api.h"
+#include "host/cuda/runtime.h"
 
 using namespace rfkernels::cuda;
 

@@ -1,4 +1,4 @@
-// What csrc/cuda/runtime.cpp takes from torch's stable headers, writing down what is done with it.
+// What csrc/host/cuda/runtime.cpp takes from torch's stable headers, writing down what is done with it.
 #pragma once
 #include <cstdint>
 #include <sstream>

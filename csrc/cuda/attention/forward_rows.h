@@ -1,0 +1,107 @@
+// The rows of one warp in the attention forward, whatever multiplies them: accumulator, softmax state, mask and output.
+#pragma once
+#include "forward_steps.h"
+#include "softmax.h"
+
+namespace rfkernels::cuda {
+
+template <class Config>
+struct WarpRows {
+  static constexpr int kRowBlocks = Config::kRowBlocks, kRows = 2 * kRowBlocks;  // kRows: rows of a thread
+  static constexpr int kKeyUnits = Config::kTileKeys / 8, kColumnUnits = Config::kHeadDim / 8;
+  using Scores = float[kRowBlocks][kKeyUnits][4];
+
+  float rOut[kRowBlocks][kColumnUnits][4] = {};
+  SoftmaxState<kRows> softmax;
+
+  // Of this thread's scores in a row block, per row.
+  static __device__ __forceinline__ void find_largest(const float (&s)[kKeyUnits][4], float (&largest)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      largest[r] = fmaxf(s[0][2 * r], s[0][2 * r + 1]);
+#pragma unroll
+      for (int n = 1; n < kKeyUnits; ++n) largest[r] = fmaxf(largest[r], fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+    }
+  }
+
+  // Multiplies what a row block has summed.
+  __device__ __forceinline__ void rescale(const float (&factor)[2], int m = 0) {
+#pragma unroll
+    for (int n = 0; n < kColumnUnits; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rOut[m][n][i] *= factor[i / 2];
+  }
+};
+
+// Sets scores of keys that a row does not see to -inf: tiles at the edge of a segment only.
+template <class Config, class Scores>
+__device__ __forceinline__ void hide_unseen(Scores& s, const ForwardParams& params, int end, int part, int first_key) {
+  const AttentionProblem& p = params.problem;
+  const int thread = not_before(threadIdx.x), block = not_before(blockIdx.x) % params.row_blocks;
+  const int row = block * Config::kTileRows + thread / 32 * 16 * Config::kRowBlocks + thread % 32 / 4;
+#pragma unroll
+  for (int r = 0; r < 2 * Config::kRowBlocks; ++r) {
+    const Range seen = keys_of_row(p, part, row + 8 * r, 0, end);
+    const int before = not_before(first_key + thread % 4 * 2 - seen.begin);
+    const unsigned count = not_before(max(seen.end - seen.begin, 0));  // one comparison a score, whatever the use
+#pragma unroll
+    for (int n = 0; n < Config::kTileKeys / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& score = s[r / 2][n][r % 2 * 2 + i];
+        score = unsigned(before + 8 * n + i) < count ? score : kUnseen;
+      }
+  }
+}
+
+// Whole rows of the output, by way of shared memory: 16 bytes a thread. Of the queries' tile a warp uses only the rows
+// that it alone reads, so no barrier is needed.
+template <class Config>
+__device__ __forceinline__ void store(const WarpRows<Config>& rows, const ForwardParams& params, uint32_t sQ) {
+  using T = typename Config::Element;
+  using QTile = typename Config::QTile;
+  const AttentionProblem& p = params.problem;
+  const QueryTile tile(params, Config::kTileRows);
+  const int thread = not_before(threadIdx.x), lane = thread % 32, warp_row = thread / 32 * 16 * Config::kRowBlocks;
+  const int64_t place = int64_t(tile.split) * p.batch + tile.sample;
+#pragma unroll
+  for (int r = 0; r < 2 * Config::kRowBlocks; ++r) {
+    const int local = warp_row + lane / 4 + 8 * r, row = tile.first_row + local;
+    const bool exists = row >= tile.stream.missing;
+    const float normaliser = exists ? rows.softmax.normaliser(r) : 0.0f;
+    if (lane % 4 == 0 && row <= tile.last_row)
+      params.lse[(place * p.heads + tile.head) * p.queries + row] = exists ? rows.softmax.lse(r) : kUnseen;
+    const auto value = [&](int n, int i) { return exists ? rows.rOut[r / 2][n][r % 2 * 2 + i] * normaliser : 0.0f; };
+    if (params.splits > 1) {
+      float* part =
+          static_cast<float*>(params.out) + ((place * p.queries + row) * p.heads + tile.head) * Config::kHeadDim;
+      if (row <= tile.last_row) {
+#pragma unroll
+        for (int n = 0; n < Config::kHeadDim / 8; ++n)
+          *reinterpret_cast<float2*>(part + 8 * n + lane % 4 * 2) = make_float2(value(n, 0), value(n, 1));
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < Config::kHeadDim / 8; ++n)
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(sQ + QTile::offset(local, n) + lane % 4 * 4),
+                     "r"(pack<T>(value(n, 0), value(n, 1)))
+                     : "memory");
+    }
+  }
+  if (params.splits > 1) return;
+  __syncwarp();
+  constexpr int kUnits = QTile::kUnits;
+#pragma unroll 4
+  for (int i = lane; i < 16 * Config::kRowBlocks * kUnits; i += 32) {
+    const int local = warp_row + i / kUnits, unit = i % kUnits, row = tile.first_row + local;
+    if (row > tile.last_row) break;
+    uint4 bits;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "r"(sQ + QTile::offset(local, unit)));
+    T* out = static_cast<T*>(params.out) + ((place * p.queries + row) * p.heads + tile.head) * Config::kHeadDim;
+    reinterpret_cast<uint4*>(out)[unit] = bits;
+  }
+}
+
+}  // namespace rfkernels::cuda

@@ -1,0 +1,3 @@
+#include "../backward_kernels.h"
+
+RF_ATTENTION_BACKWARD(rf_attention_grad_q_bf16_d64, rf_attention_grad_kv_bf16_d64, rfkernels::cuda::BFloat16, 64)

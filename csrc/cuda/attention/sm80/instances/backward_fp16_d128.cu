@@ -1,0 +1,3 @@
+#include "../backward_kernels.h"
+
+RF_ATTENTION_BACKWARD(rf_attention_grad_q_fp16_d128, rf_attention_grad_kv_fp16_d128, rfkernels::cuda::Half, 128)

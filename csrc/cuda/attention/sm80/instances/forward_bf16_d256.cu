@@ -1,0 +1,6 @@
+#include "../forward.h"
+
+using namespace rfkernels::cuda;
+
+using Config = ForwardConfig<BFloat16, 256, 32>;
+RF_ATTENTION_FORWARD(rf_attention_forward_bf16_d256, Config)

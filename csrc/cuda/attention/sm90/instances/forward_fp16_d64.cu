@@ -1,0 +1,6 @@
+#include "../forward.h"
+
+using namespace rfkernels::cuda;
+
+using Config = HopperConfig<Half, 64, 128>;
+RF_ATTENTION_FORWARD_HOPPER(rf_attention_forward_hopper_fp16_d64, Config)

@@ -1,3 +1,0 @@
-#include "../attention_backward_kernel.h"
-
-RF_ATTENTION_BACKWARD(rf_attention_grad_q_bf16_d80, rf_attention_grad_kv_bf16_d80, rfkernels::cuda::BFloat16, 80)

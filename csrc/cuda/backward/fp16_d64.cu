@@ -1,3 +1,0 @@
-#include "../attention_backward_kernel.h"
-
-RF_ATTENTION_BACKWARD(rf_attention_grad_q_fp16_d64, rf_attention_grad_kv_fp16_d64, rfkernels::cuda::Half, 64)

@@ -1,6 +1,0 @@
-#include "../attention_forward_kernel.h"
-
-using namespace rfkernels::cuda;
-
-using Config = ForwardConfig<BFloat16, 96, 64>;
-RF_ATTENTION_FORWARD(rf_attention_forward_bf16_d96, Config)

@@ -1,6 +1,0 @@
-#include "../attention_forward_hopper.h"
-
-using namespace rfkernels::cuda;
-
-using Config = HopperConfig<BFloat16, 64, 128>;
-RF_ATTENTION_FORWARD_HOPPER(rf_attention_forward_hopper_bf16_d64, Config)

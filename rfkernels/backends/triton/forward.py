@@ -1,0 +1,212 @@
+"""Kernels of the forward pass: one for a cache's prefix, for an open chunk and for full sequences; one that merges."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .ranges import keys_of_queries, open_chunk, sees
+from .rotation import query_phases, rotate_tile
+from .tiling import LN_2, LOG2_E, columns_of, dot, keys_of_segment, load_tile, narrow, tile_of
+
+
+class Softmax(NamedTuple):
+    """An online softmax in base 2, unfinished.
+
+    values: the weighted sum ``[rows, columns]``. total ``[rows, 8]``: weights added up by the number of their key
+    modulo 8, which one thread holds: the sum across threads is left for the end. top ``[rows]``: the largest score.
+    """
+
+    values: Any
+    total: Any
+    top: Any
+
+
+@triton.jit
+def _sweep(
+    softmax, q, held, columns, begin, end, bounds, scale,
+    MASKED: tl.constexpr, ROW_BOUNDS: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Keys [begin, end) of one segment, in tiles.
+
+    MASKED: nothing is seen or loaded from ``bounds.limit`` on, and with ROW_BOUNDS a row sees [low, high) only.
+    Otherwise every row sees every key and the loop holds no mask (but for the padding of a head).
+    """
+    acc, total, top = softmax
+    within = tl.arange(0, BLOCK_N)
+    # A moving scalar base and fixed 32-bit offsets: pointers to every row would take twice the registers. Unsigned:
+    # sign extension would cost instructions in the loop.
+    k_offsets = (within[:, None] * held.k.step + columns.k.at[None, :]).to(tl.uint32)
+    v_offsets = (within[:, None] * held.v.step + columns.v.at[None, :]).to(tl.uint32)
+    k_base = held.k.first + tl.cast(begin, tl.int64) * held.k.step
+    v_base = held.v.first + tl.cast(begin, tl.int64) * held.v.step
+    for key in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        if MASKED:
+            loads = (key + within < bounds.limit)[:, None]
+            keys = tl.load(k_base + k_offsets, mask=loads & columns.k.exist[None, :], other=0.0)
+        elif PADDED:
+            keys = tl.load(k_base + k_offsets, mask=columns.k.exist[None, :], other=0.0)
+        else:
+            keys = tl.load(k_base + k_offsets)
+        scores = dot(q, tl.trans(keys))
+        if MASKED:
+            seen = sees(bounds, (key + within)[None, :], ROW_BOUNDS)
+            scores = tl.where(seen, scores * scale, float("-inf"))
+            new = tl.maximum(top, tl.max(scores, 1))
+            finite = tl.where(new == float("-inf"), 0.0, new)  # rows that have seen nothing yet
+            weights = tl.math.exp2(scores - finite[:, None])
+            shrink = tl.math.exp2(top - finite)
+        else:
+            new = tl.maximum(top, tl.max(scores, 1) * scale)
+            weights = tl.math.exp2(scores * scale - new[:, None])
+            shrink = tl.math.exp2(top - new)
+        total = total * shrink[:, None] + tl.sum(tl.reshape(weights, (acc.shape[0], BLOCK_N // 8, 8)), 1)
+        acc = acc * shrink[:, None]
+        if MASKED:
+            values = tl.load(v_base + v_offsets, mask=loads & columns.v.exist[None, :], other=0.0)
+        elif PADDED:
+            values = tl.load(v_base + v_offsets, mask=columns.v.exist[None, :], other=0.0)
+        else:
+            values = tl.load(v_base + v_offsets)
+        acc = dot(weights.to(values.dtype), values, acc)
+        top = new
+        k_base += BLOCK_N * held.k.step
+        v_base += BLOCK_N * held.v.step
+    return Softmax(acc, total, top)
+
+
+@triton.jit
+def _sweep_segment(
+    softmax, q, held, columns, bounds, scale,
+    ROW_BOUNDS: tl.constexpr, PADDED: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All keys of a segment: those that every row sees without a mask, and the edges."""
+    # Masks need registers: edges go in smaller tiles, which also waste fewer keys.
+    EDGE_N: tl.constexpr = min(BLOCK_N // 2, 32)
+    if ROW_BOUNDS:
+        softmax = _sweep(
+            softmax, q, held, columns, bounds.begin, tl.minimum(bounds.start, bounds.end), bounds, scale, True, True,
+            PADDED, EDGE_N, STAGES,
+        )  # fmt: skip
+    softmax = _sweep(
+        softmax, q, held, columns, bounds.start, bounds.stop, bounds, scale, False, False, PADDED, BLOCK_N, STAGES
+    )
+    return _sweep(
+        softmax, q, held, columns, bounds.stop, bounds.end, bounds, scale, True, ROW_BOUNDS, PADDED, EDGE_N, STAGES
+    )
+
+
+@triton.jit
+def _load_queries(
+    q, tile, columns, chunk, frames, rope, mask, queries, keys, DTYPE: tl.constexpr, TWO_FRAMES: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries in the dtype of the keys; with a rope rotated at its frames."""
+    values = load_tile(q, tile, columns)
+    if rope is not None:
+        offset = keys - queries if mask is not None else 0
+        cos, sin = query_phases(
+            tile, offset, queries, chunk.first_frame, 0, frames.tokens, mask, rope, TWO_FRAMES, D, BLOCK_D
+        )
+        values = rotate_tile(values, cos, sin, rope)
+    return narrow(values, DTYPE)
+
+
+@triton.jit
+def _store_results(softmax, tile, columns, place, missing, queries, heads, OUT, LSE, D: tl.constexpr):
+    """Finishes a softmax; stores it as sample ``place`` of ``OUT [*, queries, heads, D], LSE [*, heads, queries]``."""
+    acc, total, top = softmax
+    within = tl.arange(0, acc.shape[0])
+    total = tl.sum(total, 1)
+    empty = (total == 0.0) | (tile.first + within < missing)
+    out = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
+    lse = tl.where(empty, float("-inf"), (top + tl.math.log2(tl.where(empty, 1.0, total))) * LN_2)
+    stored = within < queries - tile.first
+    # First: after the other store, one more register would be held through all sweeps.
+    tl.store(LSE + (place * heads + tile.head) * queries + tile.first + within, lse, mask=stored)
+    at = ((place * queries + tile.first) * heads + tile.head) * D
+    tl.store(
+        OUT + at + (within[:, None] * (heads * D) + columns.at[None, :]), narrow(out, OUT.dtype.element_ty),
+        mask=stored[:, None] & columns.exist[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def forward_kernel(
+    q, sink_q, cached, own, OUT, LSE, frames, rope, mask, scale, queries, keys, heads,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHARES: tl.constexpr, STAGES: tl.constexpr, TWO_FRAMES: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_M queries of one head, and one of SHARES shares of the keys they see.
+
+    With a mask ``cached`` holds the keys of full sequences; else the first ``min(frames.seen, frames.capacity)`` frames
+    of a cache, or, where a chunk's ``own`` keys lie apart, what comes before the chunk. Queries are rotated here, at
+    their frame; those for sinks outside the window come rotated, as ``sink_q``.
+    """
+    pid = tl.program_id(0)
+    share = tl.program_id(1)
+    blocks = tl.cdiv(queries, BLOCK_M)
+    head = pid // blocks % heads
+    sample = pid // (blocks * heads)
+    batch = tl.num_programs(0) // (blocks * heads)
+    tile = tile_of(pid % blocks, sample, head, queries, BLOCK_M)
+    chunk = open_chunk(frames, sample, queries, own is not None)
+    columns = columns_of(rope, D, BLOCK_D)
+    softmax = Softmax(
+        tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
+        tl.zeros([BLOCK_M, 8], tl.float32),
+        tl.full([BLOCK_M], float("-inf"), tl.float32),
+    )
+    DTYPE: tl.constexpr = cached.k.data.dtype.element_ty
+    tile_q = _load_queries(q, tile, columns.k, chunk, frames, rope, mask, queries, keys, DTYPE, TWO_FRAMES, D, BLOCK_D)
+    # Unrolled: sweeps inside another loop would take the accumulator's layout from it, and convert it in every
+    # iteration (sm_100).
+    for segment in tl.static_range(1 if mask is None and own is None else 2):
+        held = keys_of_segment(cached, own, segment, sample, head // GROUP)
+        bounds = keys_of_queries(tile, segment, chunk, mask, queries, keys, share, BLOCK_M, BLOCK_N, SHARES)
+        softmax = _sweep_segment(
+            softmax, tile_q, held, columns, bounds, scale * LOG2_E, mask is not None, D != BLOCK_D, BLOCK_N, STAGES
+        )
+        if sink_q is not None and segment == 0:
+            tl.debug_barrier()  # or the load moves before the sweeps, where its registers are missing
+            tile_q = load_tile(sink_q, tile, columns.k)
+    place = (share * batch + sample).to(tl.int64)
+    _store_results(softmax, tile, columns.v, place, chunk.missing, queries, heads, OUT, LSE, D)
+
+
+@triton.jit
+def merge_kernel(
+    SHARE_OUT, SHARE_LSE, OUT, LSE, queries, heads,
+    SHARES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Joins the SHARES results ``[SHARES, B, N, H, D]`` of disjoint keys by their normalisers ``[SHARES, B, H, N]``."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(queries, BLOCK_M)
+    row = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = pid // blocks % heads
+    sample = (pid // (blocks * heads)).to(tl.int64)
+    batch = tl.num_programs(0) // (blocks * heads)
+    columns = tl.arange(0, BLOCK_D)
+    stored = row < queries
+    exist = stored[:, None] & (columns < D)[None, :]
+    at_lse = SHARE_LSE + (sample * heads + head) * queries + row
+    at_out = SHARE_OUT + (((sample * queries + row) * heads + head) * D)[:, None] + columns[None, :]
+    step = tl.cast(batch, tl.int64) * heads * queries
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for share in tl.static_range(SHARES):
+        top = tl.maximum(top, tl.load(at_lse + share * step, mask=stored, other=0.0))
+    empty = top == float("-inf")
+    top = tl.where(empty, 0.0, top)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for share in tl.static_range(SHARES):
+        weight = tl.math.exp2((tl.load(at_lse + share * step, mask=stored, other=0.0) - top) * LOG2_E)
+        total += weight
+        acc += weight[:, None] * tl.load(at_out + share * step * D, mask=exist, other=0.0)
+    total = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, float("-inf"), top + tl.math.log2(total) * LN_2)
+    out = ((sample * queries + row) * heads + head) * D
+    tl.store(OUT + out[:, None] + columns[None, :], narrow(acc / total[:, None], OUT.dtype.element_ty), mask=exist)
+    tl.store(LSE + (sample * heads + head) * queries + row, lse, mask=stored)

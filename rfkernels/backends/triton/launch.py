@@ -1,0 +1,65 @@
+"""What every launch needs: structs made of tensors, tensors with a unit last stride, the device."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+import triton.language as tl
+
+from ...contract.geometry import WindowMask
+from ...contract.requests import RopeTables
+from .structs import KeyValues, Mask, Rope, Strided
+
+FUSION = {"enable_fp_fusion": True}  # multiply-adds contract: Triton's default, written down
+# ptxas spills a few registers where that fits one block more on an SM, unless it is told how many there are.
+ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+
+
+def strided(x: torch.Tensor) -> Strided:
+    """``x [B, N, H, D]``, or ``[L, B, N, H, D]``, as a kernel's argument."""
+    sample, token, head, _ = x.stride()[-4:]
+    return Strided(x, sample, token, head, x.stride(0) if x.dim() == 5 else None)
+
+
+def key_values(k: torch.Tensor, v: torch.Tensor) -> KeyValues:
+    return KeyValues(strided(k), strided(v))
+
+
+def rope_of(rope: RopeTables | None) -> Rope | None:
+    if rope is None:
+        return None
+    pairs, half_split = tl.constexpr(rope.frame_turns.shape[0]), tl.constexpr(rope.half_split)
+    return Rope(rope.frame_turns, rope.spatial, pairs, half_split)
+
+
+def mask_of(mask: WindowMask | None) -> Mask | None:
+    return None if mask is None else Mask(*mask[:4], tl.constexpr(mask.own_chunk))
+
+
+_FARTHEST_TOKENS = 2**24  # elements from token to token: a tile of 128 then stays within 2**31, its 32-bit offsets
+
+
+def addressable(x: torch.Tensor) -> torch.Tensor:
+    """``x [B, N, H, D]``, copied where the last stride is not one or tokens lie too far apart for a tile's offsets.
+
+    Kernels take any other stride; sample and head offsets, and those from tile to tile, have 64 bits.
+    """
+    return x if x.stride(-1) == 1 and x.stride(1) < _FARTHEST_TOKENS else x.contiguous()
+
+
+def padded(head_dim: int) -> int:
+    """Columns of a tile: a power of two."""
+    return triton.next_power_of_2(head_dim)
+
+
+def pointwise_rows(block_d: int) -> int:
+    """Rows of a program of 4 warps that adds up or joins whole rows; 256 columns of 32 spill."""
+    return 32 if block_d <= 128 else 16
+
+
+def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device; an op may be called with tensors of another."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,124 @@
+"""Tile sizes: pure functions of architecture, head size and dtype, so that nothing is tuned at run time.
+
+No autotuning: a first call would time kernels in the middle of a stream and could not happen inside a CUDA graph, and
+results would depend on what won. The choices below come from static reports (instructions per score, registers,
+shared memory), not from timings.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .launch import padded
+
+_INTERPRETER_PROCESSORS = 8  # so that small tests both split and do not
+
+
+class TileSize(NamedTuple):
+    """rows of queries, keys, warps of a program, stages of its pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def architecture() -> int | None:
+    """The kind of the current device: 80, 90, 100 or 120, which stand for their families; None in the interpreter."""
+    if triton.knobs.runtime.interpret:
+        return None
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return family(arch) if isinstance(arch, int) else 80  # other vendors: the plainest choice
+
+
+def family(arch: int) -> int:
+    """80: warp-wide tensor cores and, on sm_86, 99 KB of shared memory a block, as on 120; 90: wgmma; 100: tcgen05."""
+    return 120 if arch >= 120 else 100 if arch >= 100 else 90 if arch >= 90 else 80
+
+
+def processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _INTERPRETER_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def forward_tile(
+    arch: int | None, head_dim: int, dtype: torch.dtype, use: str, *, rope: bool, shared: bool
+) -> TileSize:
+    """For the forward kernel, by head size and use ("prefix", "chunk" or "window"); shared: by `splits` > 1."""
+    block_d = padded(head_dim)
+    if arch is None:
+        return TileSize(32, 16, 4, 1)  # interpreted: small, so that small shapes straddle tiles
+    if dtype == torch.float32:
+        # Exact products are scalar multiply-adds. With one stage ptxas gathers whole rows of both operands and spills;
+        # so it does with 32 keys beside row bounds at 128 columns, and 64 rows leave one block an SM.
+        few = block_d > 128 or (block_d, use) == (128, "window")
+        return TileSize(32, 16 if few else 32, 4, 2)
+    if block_d <= 64:
+        return TileSize(128, 64, 8, 2)  # 4 warps spill
+    if block_d == 128:
+        return TileSize(128, _keys_for_128_columns(arch, head_dim, dtype, use, rope=rope, shared=shared), 8, 2)
+    if arch in (90, 100):
+        rows = 32 if (arch, use, rope) == (90, "window", True) else 64  # 64 rows spill there
+        return TileSize(rows, 64, 8, 2)
+    return TileSize(32, 32, 8, 2) if use == "window" else TileSize(64, 32, 8, 2)  # row bounds: 64 rows spill
+
+
+def _keys_for_128_columns(arch: int, head_dim: int, dtype: torch.dtype, use: str, *, rope: bool, shared: bool) -> int:
+    """128 keys halve the rescaling of the accumulator per score; fewer in these cases, in all of which more spill."""
+    window, chunk = use == "window", use == "chunk"
+    exceptions = (
+        (window and arch == 80 and shared, 32),  # row bounds, of a share
+        (window and (rope or shared or arch >= 100), 64),  # row bounds
+        (arch == 80 and shared, 64),  # the bounds of a share
+        (chunk and arch == 120, 64),  # two segments of keys
+        (chunk and arch < 100 and head_dim < 128, 64),  # two segments beside the mask of padded columns
+        ((use, arch, dtype) == ("prefix", 80, torch.float16), 64),  # seen: 8 bytes of stack, none in bfloat16
+    )
+    return next((keys for applies, keys in exceptions if applies), 128)
+
+
+def backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str, of: str, *, short: bool) -> TileSize:
+    """For the backward kernel of "queries" or of "keys"; the largest tiles that do not spill.
+
+    short: frames of fewer than 64 tokens, so that every element of a tile may have an angle of its own.
+    """
+    block_d = padded(head_dim)
+    if arch is None:
+        return TileSize(32, 32, 4, 1)
+    if dtype == torch.float32:  # two stages spill, as do more rows or keys
+        if block_d <= 64:
+            return TileSize(32 if of == "queries" else 16, 32, 4, 1)
+        return TileSize(16, 16, 4 if block_d == 128 else 8, 1)
+    if block_d == 32:  # on sm_90 two stages of 64 rows crash ptxas 12.9 (a window's queries, with a rope)
+        return TileSize(64, 32, 8, 1 if (of, arch) == ("queries", 90) else 2)
+    if block_d == 64:  # 4 warps, and 64x64, spill; on sm_120 64 rows of queries do
+        return TileSize(32, 64, 8, 2) if (of, arch) == ("queries", 120) else TileSize(64, 32, 8, 2)
+    if block_d == 128:
+        if of == "keys":  # 64 rows spill with fragments in registers (sm_80, sm_120) or padded columns (sm_90)
+            return TileSize(64 if arch == 100 or (arch == 90 and head_dim == block_d) else 32, 64, 8, 2)
+        if arch == 120 or (use == "window" and (short or arch == 100)):  # 64 rows spill
+            return TileSize(32, 64, 8, 2)
+        return TileSize(64, 64, 8, 2) if arch == 100 else TileSize(64, 32, 8, 2)
+    few = (of, use) == ("queries", "window") and (short or arch == 100)  # 32 rows spill
+    return TileSize(16 if few else 32, 32, 8, 1)
+
+
+def splits(programs: int, keys: int, tile: TileSize, processors: int) -> int:
+    """How many programs share the keys of one query tile, where query tiles fill less than two waves of processors.
+
+    Computed, not measured, in units of one tile of keys on one processor (which holds one program): shares run in
+    waves; a merge's launch takes about two units; to write and read a partial result takes about 1.5, spread over all
+    processors (128 rows of float32 against 128 x 128 scores, at an A100's rates). Each share has two tiles or more.
+    """
+
+    def time(count: int) -> float:
+        sweep = triton.cdiv(programs * count, processors) * keys / tile.keys / count
+        return sweep if count == 1 else sweep + 2 + 1.5 * count * programs / processors
+
+    if programs >= 2 * processors:
+        return 1
+    return min(range(1, max(1, min(keys // (2 * tile.keys), 16)) + 1), key=time)
