@@ -350,7 +350,7 @@ class EMASinkCache:
             self.open_frames = 0
         self._forget_contexts()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """The tensors (not copied, as in a torch module), the host's state and the geometry they belong to."""
         return self._state_tensors() | {
             "ages": list(self.ages),
@@ -358,7 +358,7 @@ class EMASinkCache:
             "geometry": self._description(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copies a `state_dict` into this cache, whose geometry must be the same; addresses stay.
 
         Raises:
@@ -377,11 +377,11 @@ class EMASinkCache:
         """Pickle and copy make a cache anew: layers stay views of its tensors. Contexts are left behind."""
         return _rebuilt, (self._arguments() | {"device": str(self.device)}, self.snapshot())
 
-    def snapshot(self) -> dict:
+    def snapshot(self) -> dict[str, Any]:
         """A copy of the whole state, for `restore`."""
         return {k: x.clone() if isinstance(x, torch.Tensor) else x for k, x in self.state_dict().items()}
 
-    def restore(self, snapshot: dict) -> None:
+    def restore(self, snapshot: dict[str, Any]) -> None:
         """Goes back to a `snapshot`, bit for bit; as `load_state_dict`."""
         self.load_state_dict(snapshot)
 

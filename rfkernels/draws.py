@@ -11,7 +11,11 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def draw(
-    function: Callable, size: Sequence[int], generator: Generators, device: torch.device | str, dtype: torch.dtype
+    function: Callable[..., torch.Tensor],
+    size: Sequence[int],
+    generator: Generators,
+    device: torch.device | str,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """``function`` (torch.randn, torch.rand) of ``size`` ``[B, ...]``, drawn where the generator lives, in float32 at
     least.

@@ -36,7 +36,7 @@ _LOSS = "(Tensor loss, Tensor grad)"
 # --- fakes: the results of a request, empty ---------------------------------------------------------------------------
 
 
-def _nothing(request: tuple) -> None:
+def _nothing(request: tuple[Any, ...]) -> None:
     return None
 
 
@@ -66,7 +66,7 @@ def _loss(request: ReDMD) -> tuple[Tensor, Tensor]:
 class Operation(NamedTuple):
     """An op's request, what its schema returns, and its fake."""
 
-    request: type[tuple]
+    request: type[tuple[Any, ...]]
     returns: str
     fake: Callable[[Any], Any]
 
@@ -101,12 +101,12 @@ def define_native(namespace: str, operations: dict[str, Operation]) -> torch.lib
     return library
 
 
-def _fake(operation: Operation) -> Callable:
+def _fake(operation: Operation) -> Callable[..., Any]:
     build = unflattener(operation.request)
     return lambda *flat: operation.fake(build(flat))
 
 
-def _body(name: str, operation: Operation) -> Callable:
+def _body(name: str, operation: Operation) -> Callable[..., Any]:
     """Puts the request together, finds the backend's module by its name, and calls its function.
 
     An op computes what it says whatever surrounds it: autocast, which stays on inside an op's body, is turned off. What
@@ -132,7 +132,7 @@ def _body(name: str, operation: Operation) -> Callable:
     return body
 
 
-def _streaming_body(name: str, operation: Operation) -> Callable:
+def _streaming_body(name: str, operation: Operation) -> Callable[..., Any]:
     body, wanted = _body(name, operation), len(leaves(operation.request)) - 1  # return_lse is the last leaf
 
     def streaming(*flat: Any) -> tuple[Tensor, Tensor]:
@@ -167,12 +167,12 @@ def _attention_autograd(library: torch.library.Library, name: str) -> None:
     backward_op = getattr(torch.ops.rfkernels, name + "_backward")
     tensors = [leaf.kind == "Tensor" for leaf in leaves(OPERATIONS[name].request)]
 
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         *flat, _, ctx.backend = inputs  # of the backward pass
         ctx.save_for_backward(*output, *(x for x, is_tensor in zip(flat, tensors, strict=True) if is_tensor))
         ctx.numbers = [x for x, is_tensor in zip(flat, tensors, strict=True) if not is_tensor]
 
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple:
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
         out, lse, *saved = ctx.saved_tensors
         saved_iterator, numbers = iter(saved), iter(ctx.numbers)
         flat = [next(saved_iterator) if is_tensor else next(numbers) for is_tensor in tensors]
@@ -182,14 +182,14 @@ def _attention_autograd(library: torch.library.Library, name: str) -> None:
     torch.library.register_autograd(f"rfkernels::{name}", backward, setup_context=setup_context, lib=library)
 
 
-def _redmd_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _redmd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.count = len(inputs)
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no latent of zeros for the second output
 
 
-def _redmd_backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple:
+def _redmd_backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     (grad,) = ctx.saved_tensors
     # loss.backward() as it mostly is: on the CPU a look at the incoming 1 saves a latent and its two passes. Not for
     # fake tensors, nor on a device, where it would be a synchronisation.
@@ -198,8 +198,8 @@ def _redmd_backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple:
     return (grad, *([None] * (ctx.count - 1)))
 
 
-def _refuse(name: str) -> Callable:
-    def backward(ctx: Any, *_: Tensor) -> tuple:
+def _refuse(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
         raise RuntimeError(f"rfkernels.{name} has no second derivative")
 
     return backward
@@ -218,7 +218,7 @@ _define_public(_public_library)
 _define_gradients(_public_library)
 
 
-def _call(name: str) -> Callable:
+def _call(name: str) -> Callable[..., Any]:
     op, flatten = getattr(torch.ops.rfkernels, name), flattener(OPERATIONS[name].request)
     return lambda request, *backend: op(*flatten(request), *backend)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_ori
 
 import torch
 
-Request = TypeVar("Request", bound=tuple)
+Request = TypeVar("Request", bound=tuple[Any, ...])
 
 _SCALARS = {int: "int", float: "float", bool: "bool", str: "str", torch.dtype: "ScalarType"}
 
@@ -71,7 +71,7 @@ def arguments(request: type, symbolic: bool = False) -> str:
     return ", ".join(listed)
 
 
-def _empty(request: type) -> tuple:
+def _empty(request: type) -> tuple[Any, ...]:
     """The leaves of a request that is None."""
     values = {"Tensor": None, "bool": False, "int": 0, "float": 0.0, "str": "", "ScalarType": None}
     return tuple(values[str(leaf.kind)] for leaf in leaves(request, optional=True))
@@ -107,7 +107,7 @@ def _nested_expression(request: type, position: int, names: dict[str, Any]) -> t
     return f"{request.__name__}({', '.join(parts)})", position
 
 
-def flattener(request: type[Request]) -> Callable[[Request], tuple]:
+def flattener(request: type[Request]) -> Callable[[Request], tuple[Any, ...]]:
     """A function from a request to the flat arguments of its op.
 
     Written out as one expression and compiled, as NamedTuple itself does: a walk over the fields would cost several
@@ -118,7 +118,7 @@ def flattener(request: type[Request]) -> Callable[[Request], tuple]:
     return eval(f"lambda request: ({expression},)", names)
 
 
-def unflattener(request: type[Request]) -> Callable[[Sequence], Request]:
+def unflattener(request: type[Request]) -> Callable[[Sequence[Any]], Request]:
     """The inverse of `flattener`. What follows a request's own leaves is left alone."""
     names: dict[str, Any] = {}
     expression, _ = _nested_expression(request, 0, names)

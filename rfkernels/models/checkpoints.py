@@ -35,7 +35,7 @@ _SHOWN = 12  # names of each kind that an error spells out
 
 
 def load_checkpoint(
-    model: CausalWan, path: str | os.PathLike, *, weights: str | None = None, assign: bool = False
+    model: CausalWan, path: str | os.PathLike[str], *, weights: str | None = None, assign: bool = False
 ) -> CausalWan:
     """Loads published or saved weights into ``model``, all or nothing.
 
@@ -79,7 +79,7 @@ def load_checkpoint(
     return model
 
 
-def save_checkpoint(model: CausalWan, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+def save_checkpoint(model: CausalWan, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
     """Writes ``config.json`` and ``diffusion_pytorch_model.safetensors``, Wan's own layout and names, in ``folder``.
 
     dtype: of the written weights, default the model's.
@@ -88,7 +88,7 @@ def save_checkpoint(model: CausalWan, folder: str | os.PathLike, dtype: torch.dt
     save_weights(state, model.config, folder)
 
 
-def save_weights(state: dict[str, torch.Tensor], config: CausalWanConfig, folder: str | os.PathLike) -> None:
+def save_weights(state: dict[str, torch.Tensor], config: CausalWanConfig, folder: str | os.PathLike[str]) -> None:
     """`save_checkpoint` for weights that are in no model."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,11 +103,11 @@ def save_weights(state: dict[str, torch.Tensor], config: CausalWanConfig, folder
 
 
 def from_pretrained(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     *,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> CausalWan:
     """The model that a folder with a config.json holds (original Wan, diffusers, `save_checkpoint`), without a second
     copy of its weights in memory.
@@ -123,7 +123,7 @@ def from_pretrained(
     return load_checkpoint(model, checkpoint or folder, assign=True).to(device, dtype)
 
 
-def read_config(folder: str | os.PathLike) -> CausalWanConfig:
+def read_config(folder: str | os.PathLike[str]) -> CausalWanConfig:
     """The sizes in a folder's config.json, in Wan's or diffusers' names.
 
     Raises:
@@ -146,7 +146,7 @@ def read_config(folder: str | os.PathLike) -> CausalWanConfig:
     return CausalWanConfig(**{key: value for key, value in sizes.items() if key in fields})
 
 
-def read_checkpoint(path: str | os.PathLike, weights: str | None = None) -> dict[str, torch.Tensor]:
+def read_checkpoint(path: str | os.PathLike[str], weights: str | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint under Wan's own names, memory-mapped; arguments as in `load_checkpoint`."""
     path = Path(path)
     if path.is_dir():

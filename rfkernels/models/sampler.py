@@ -273,7 +273,7 @@ class StreamingSampler:
             cache.k[:, :, : kept * tokens] = k
         self.frames = kept
 
-    def snapshot(self) -> dict:
+    def snapshot(self) -> dict[str, Any]:
         """A copy of the whole state, for `restore`: to branch a stream, or, by ``torch.save``, to go on another day."""
         given = self._given
         held = given if given is None or isinstance(given, torch.Tensor) else [tuple(kv) for kv in given]
@@ -286,7 +286,7 @@ class StreamingSampler:
             "counts": [self.chunk, self.frames, self._unfinished],
         }
 
-    def restore(self, snapshot: dict) -> None:
+    def restore(self, snapshot: dict[str, Any]) -> None:
         """Goes back to a `snapshot` (``torch.load(file, weights_only=True)`` will do), bit for bit.
 
         Raises:

@@ -22,7 +22,7 @@ _NETWORKS = ("student", "critic", "ema")
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def save_trainer(trainer: ReDMDTrainer, folder: str | os.PathLike, extra: dict | None = None) -> None:
+def save_trainer(trainer: ReDMDTrainer, folder: str | os.PathLike[str], extra: dict[str, Any] | None = None) -> None:
     """Writes ``student``, ``critic`` and ``ema`` as model folders (`rf.models.from_pretrained` reads them), and
     ``trainer.pt`` with optimisers, step, random states and ``extra`` (plain values, e.g. of a data loader).
 
@@ -63,7 +63,7 @@ def save_trainer(trainer: ReDMDTrainer, folder: str | os.PathLike, extra: dict |
         dist.barrier()
 
 
-def load_trainer(trainer: ReDMDTrainer, folder: str | os.PathLike) -> dict:
+def load_trainer(trainer: ReDMDTrainer, folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Takes a trainer of the same configuration back to where `save_trainer` was called; returns ``extra``.
 
     Raises:
@@ -114,13 +114,13 @@ def _optimizers(trainer: ReDMDTrainer) -> tuple[tuple[CausalWan, torch.optim.Opt
     return (trainer.student, trainer.optimizer), (trainer.critic, trainer.critic_optimizer)
 
 
-def _random_state() -> dict:
+def _random_state() -> dict[str, Any]:
     """Of torch's global generators, for rewards and decoders that draw; the trainer's own numbers have no state."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def _set_random_state(state: dict) -> None:
+def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -131,7 +131,9 @@ class ReDMDTrainer:
             self.ema = {name: p.detach().float().clone() for name, p in self.weights.items()}
         return metrics
 
-    def train(self, data: Callable[[int], Sequence[Batch]], steps: int | None = None) -> Iterator[dict]:
+    def train(
+        self, data: Callable[[int], Sequence[Batch]], steps: int | None = None
+    ) -> Iterator[dict[str, torch.Tensor]]:
         """Yields the metrics of each step until ``step_index`` reaches ``steps`` (default total_steps).
 
         data: the micro-batches of a step by its number, so that a resumed run sees the same.

@@ -8,6 +8,7 @@ the open chunk. Source: "Reward Forcing" (arXiv 2512.04678), EMA-Sink and Re-DMD
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -62,7 +63,9 @@ def sink_window_attention_backward(request: WindowGradients) -> tuple[torch.Tens
 _OUTSIDE = torch._C._dispatch_tls_local_exclude_set()
 
 
-def _differentiate(function: Callable, request: ChunkGradients | WindowGradients) -> tuple[torch.Tensor, ...]:
+def _differentiate(
+    function: Callable[[Any], tuple[torch.Tensor, torch.Tensor]], request: ChunkGradients | WindowGradients
+) -> tuple[torch.Tensor, ...]:
     """Gradients of the forward function in q, k and v, by autograd."""
     cotangents: Cotangents = request.cotangents
     included = torch._C._dispatch_tls_local_include_set()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -104,7 +105,7 @@ class RunState:
             raise ValueError(f"{folder} holds a run of another preset, {held['preset']!r}")
         folder.mkdir(parents=True, exist_ok=True)
 
-    def _read(self) -> dict:
+    def _read(self) -> dict[str, Any]:
         return json.loads(self.path.read_text()) if self.path.exists() else {}
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ def _measured(
     return found
 
 
-def table(evaluation: dict) -> str:
+def table(evaluation: dict[str, Any]) -> str:
     """Markdown, a table for each length: mean and standard error; a star where a paired difference from the Re-DMD
     student with the sink it was trained with exceeds two standard errors."""
     text = []

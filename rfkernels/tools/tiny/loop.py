@@ -53,7 +53,7 @@ class Log:
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def read(self) -> list[dict]:
+    def read(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
 
 
@@ -63,12 +63,12 @@ class State:
     def __init__(self, *parts: torch.nn.Module | torch.optim.Optimizer):
         self.parts = parts
 
-    def save(self, path: Path, extra: dict) -> None:
+    def save(self, path: Path, extra: dict[str, Any]) -> None:
         partial = path.with_suffix(".partial")
         torch.save({"parts": [part.state_dict() for part in self.parts], "extra": extra}, partial)
         os.replace(partial, path)
 
-    def load(self, path: Path) -> dict:
+    def load(self, path: Path) -> dict[str, Any]:
         held = torch.load(path, weights_only=True)
         for part, values in zip(self.parts, held["parts"], strict=True):
             part.load_state_dict(values)
@@ -81,10 +81,10 @@ class TrainerState:
     def __init__(self, trainer: ReDMDTrainer):
         self.trainer = trainer
 
-    def save(self, path: Path, extra: dict) -> None:
+    def save(self, path: Path, extra: dict[str, Any]) -> None:
         save_trainer(self.trainer, path, extra)
 
-    def load(self, path: Path) -> dict:
+    def load(self, path: Path) -> dict[str, Any]:
         return load_trainer(self.trainer, path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from ...models import CausalWanConfig
 
@@ -18,7 +19,7 @@ class TrainPreset:
     price of one clip.
     """
 
-    changes: dict = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
     frames: int = 12
     chunk_frames: int = 3
     sink_frames: int = 3
