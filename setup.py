@@ -1,6 +1,7 @@
 """Builds the compiled part with CMake and ninja where that is possible, and says what is left out where it is not."""
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -13,13 +14,17 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-OLDEST_TORCH = (2, 13)  # RF_TORCH_TARGET of CMakeLists.txt
 
 
-def site_packages():
-    """Folders to look for torch and nvcc in: pip's isolated build hides them from import, not from the eye."""
-    folders = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *sys.path]
-    return [Path(folder) for folder in dict.fromkeys(folders) if folder]
+def load_toolchain():
+    """rfkernels/toolchain.py by itself: importing the package would import torch, which a build may not see."""
+    spec = importlib.util.spec_from_file_location("rfkernels_toolchain", ROOT / "rfkernels" / "toolchain.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+toolchain = load_toolchain()
 
 
 def torch_cuda(folder):
@@ -31,21 +36,13 @@ def torch_cuda(folder):
 
 def find_torch():
     """(folder, version) of the torch that the package will run with, or None."""
-    for folder in site_packages():
+    for folder in toolchain.site_packages():
         version_file = folder / "torch" / "version.py"
         if version_file.is_file():
             scope = {}
             exec(version_file.read_text(), scope)
             return folder / "torch", scope["__version__"]
     return None
-
-
-def find_nvcc():
-    """nvcc in CUDA_HOME, on PATH, or installed by pip (cuda-toolkit[nvcc]); None if there is none."""
-    if os.environ.get("CUDA_HOME"):
-        return shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"]) / "bin"))
-    candidates = [nvcc for folder in site_packages() for nvcc in folder.glob("nvidia/cu*/bin/nvcc")]
-    return shutil.which("nvcc") or (str(candidates[0]) if candidates else None)
 
 
 def listed(variable):
@@ -67,8 +64,8 @@ def why_python_only():
     torch = find_torch()
     if torch is None:
         return "torch is not installed in this environment (install it first; the kernels link to it)"
-    if tuple(int(part) for part in torch[1].split("+")[0].split(".")[:2]) < OLDEST_TORCH:
-        return f"torch {torch[1]} is older than {'.'.join(map(str, OLDEST_TORCH))}, whose stable ABI the kernels need"
+    if tuple(int(part) for part in torch[1].split("+")[0].split(".")[:2]) < toolchain.OLDEST_TORCH:
+        return f"torch {torch[1]} is older than {toolchain.oldest_torch()}, whose stable ABI the kernels need"
     if find_compiler() is None:
         return "no C++ compiler was found (set CXX, or install g++ or clang++)"
     return None
@@ -81,7 +78,9 @@ def settings():
         "RF_TORCH_DIR": folder,
         "RF_TORCH_VERSION": version,
         "RF_TORCH_CUDA": torch_cuda(folder),
-        "RF_NVCC": find_nvcc() or "",
+        "RF_TORCH_TARGET": toolchain.oldest_torch(),
+        "RF_TORCH_TARGET_CODE": toolchain.torch_target(),
+        "RF_NVCC": toolchain.find_nvcc() or "",
         "RF_CUDA_ARCHITECTURES": listed("TORCH_CUDA_ARCH_LIST"),
         "RF_CUDA_HEAD_DIMS": listed("RFKERNELS_HEAD_DIMS"),
     }

@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks import interior, straight
 from benchmarks.aot import SHARED_BLOCK, TOOLS, ctas_per_sm
 from benchmarks.static_report import compare, merge
-from rfkernels.native import find_nvcc
+from rfkernels.toolchain import find_nvcc
 
 ROOT = Path(__file__).parents[1]
 CUDA = ROOT / "csrc" / "cuda"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import rfkernels as rf
-from rfkernels import native
+from rfkernels import native, toolchain
 from rfkernels.tools import demo, generate
 from rfkernels.tools.tiny import command as train
 
@@ -23,7 +23,7 @@ def info(args: argparse.Namespace) -> int:
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'})",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
         "triton": "installed" if importlib.util.find_spec("triton") else "not installed",
-        "nvcc": native.find_nvcc() or "none found",
+        "nvcc": toolchain.find_nvcc() or "none found",
     }
     if native.missing is None:
         from rfkernels import _C

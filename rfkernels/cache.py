@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ class CacheLayer:
 
     def __init__(self, cache: EMASinkCache, index: int):
         self.cache, self.index = cache, index
-        self._tensors = CacheTensors(*(None if x is None else x[index] for x in cache._tensors))
+        k, v, *sinks = cache._tensors
+        sink_k, sink_v = (None if x is None else x[index] for x in sinks)
+        self._tensors = CacheTensors(k[index], v[index], sink_k, sink_v)
 
     @property
     def k(self) -> torch.Tensor:
@@ -312,6 +314,9 @@ class EMASinkCache:
             # Traced views must come from the one buffer: as inputs of their own they would alias, and be copied.
             return CacheLayer(self, index % self.num_layers)
         return self._layers[index]
+
+    def __iter__(self) -> Iterator[CacheLayer]:
+        return (self[index] for index in range(self.num_layers))
 
     def __len__(self) -> int:
         return self.num_layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Sequence
+from typing import TypeGuard
 
 import torch
 
@@ -13,8 +14,18 @@ from .rope import Rope3D
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def tensor(name: str, x, rank: int | None = None, device: torch.device | None = None) -> None:
-    """``x`` is a floating tensor of ``rank`` on ``device``."""
+def is_real(value: object) -> TypeGuard[float]:
+    """Whether ``value`` is a real number, NumPy's included. To type checkers float is no `numbers.Real`."""
+    return isinstance(value, numbers.Real)
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether ``value`` is an integer, NumPy's included, and not a bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def tensor(name: str, x: object, rank: int | None = None, device: torch.device | None = None) -> torch.Tensor:
+    """``x``, a floating tensor of ``rank`` on ``device``."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
@@ -23,6 +34,7 @@ def tensor(name: str, x, rank: int | None = None, device: torch.device | None = 
         raise ValueError(f"{name} must have {rank} dimensions, got shape {tuple(x.shape)}")
     if device is not None and x.device != device:
         raise ValueError(f"{name} must be on {device}, got {x.device}")
+    return x
 
 
 def shape(name: str, x: torch.Tensor, **sizes: int | None) -> None:
@@ -50,9 +62,9 @@ def heads(q: torch.Tensor, kv_heads: int) -> None:
         raise ValueError(f"q must have a multiple of {kv_heads} heads (the key heads), got {q.shape[2]}")
 
 
-def integer(name: str, value, low: int, high: int | None = None) -> int:
+def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """``value`` is an integer in ``low..high``."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < low or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"in {low}..{high}"
@@ -60,9 +72,9 @@ def integer(name: str, value, low: int, high: int | None = None) -> int:
     return int(value)
 
 
-def number(name: str, value, low: float, high: float, open_low: bool = False) -> float:
+def number(name: str, value: object, low: float, high: float, open_low: bool = False) -> float:
     """``value`` is a real number in ``[low, high]`` (``(low, high]``)."""
-    if not isinstance(value, numbers.Real) or not low <= value <= high or (open_low and value == low):
+    if not is_real(value) or not low <= value <= high or (open_low and value == low):
         raise ValueError(f"{name} must be in {'(' if open_low else '['}{low}, {high}], got {value!r}")
     return float(value)
 
@@ -71,7 +83,7 @@ def scale(value: float | None, head_dim: int) -> float:
     """The softmax scale; default ``head_dim ** -0.5``."""
     if value is None:
         return head_dim**-0.5
-    if not isinstance(value, numbers.Real):
+    if not is_real(value):
         raise TypeError(f"scale must be a number, got {type(value).__name__}")
     return float(value)
 

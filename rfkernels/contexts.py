@@ -58,7 +58,8 @@ def freeze(
     """
     with torch.no_grad():
         slots, present = _past_slots(num_frames, geometry, frames)
-        past = Past(*(_gather(x, slots, present, geometry, full) for x in (k, v)), num_frames, full)
+        past_k, past_v = (_gather(x, slots, present, geometry, full) for x in (k, v))
+    past = Past(past_k, past_v, num_frames, full)
     return Context(past, geometry, rope, frames)
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 from pathlib import Path
 
 import torch
 
-OLDEST_TORCH = (2, 13)  # whose stable ABI the kernels are built for
+from .toolchain import OLDEST_TORCH, oldest_torch
 
 
 def torch_version() -> tuple[int, int]:
@@ -21,12 +18,12 @@ def torch_version() -> tuple[int, int]:
 def _load() -> str | None:
     """Loads the kernel library; returns why it could not."""
     if torch_version() < OLDEST_TORCH:
-        return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}, which they need"
+        return f"torch {torch.__version__} is older than {oldest_torch()}, which they need"
     libraries = sorted(Path(__file__).parent.glob("rfkernels_kernels.*"))
     if not libraries:
         return (
-            "this is a Python-only install: when it was built there was no C++ compiler, or no torch >= 2.13 in the "
-            "environment (reinstall with both present)"
+            "this is a Python-only install: when it was built there was no C++ compiler, or no torch >= "
+            f"{oldest_torch()} in the environment (reinstall with both present)"
         )
     try:
         torch.ops.load_library(str(libraries[0]))
@@ -73,12 +70,3 @@ def cuda_runs_on(capability: tuple[int, int]) -> bool:
 def serves(x: torch.Tensor) -> bool:
     """Whether compiled kernels exist for tensors like ``x``."""
     return missing is None and x.device.type == "cpu"
-
-
-def find_nvcc() -> str | None:
-    """nvcc in CUDA_HOME, on PATH, or installed by pip, as a build looks for it; the kernels themselves need none."""
-    if os.environ.get("CUDA_HOME"):
-        return shutil.which("nvcc", path=str(Path(os.environ["CUDA_HOME"]) / "bin"))
-    spec = importlib.util.find_spec("nvidia")
-    roots = [] if spec is None else spec.submodule_search_locations or []
-    return shutil.which("nvcc") or next((str(p) for root in roots for p in Path(root).glob("cu*/bin/nvcc")), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -39,48 +40,39 @@ class Rope3D:
         *,
         split: tuple[int, int, int] | None = None,
         pairing: str = "interleaved",
-        frequencies: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
+        frequencies: torch.Tensor | Sequence[torch.Tensor] | None = None,
     ):
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"head_dim must be even and positive, got {head_dim}")
         if (height is None) != (width is None):
             raise ValueError(f"height and width go together, got height={height}, width={width}")
-        if height is not None and (height < 1 or width < 1):
+        if any(size is not None and size < 1 for size in (height, width)):
             raise ValueError(f"height and width must be at least 1, got {height} and {width}")
         if pairing not in ("interleaved", "half"):
             raise ValueError(f'pairing must be "interleaved" or "half", got {pairing!r}')
         if not theta > 0:
             raise ValueError(f"theta must be positive, got {theta}")
-        pairs = head_dim // 2
-        if frequencies is not None:
-            frequencies = _as_axes(frequencies)
-            split = split or tuple(f.numel() for f in frequencies)
-        elif split is None:
-            split = (pairs, 0, 0) if height is None else (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
-        split = tuple(int(p) for p in split)
+        given = None if frequencies is None else _as_axes(frequencies)
+        own = _default_split(head_dim // 2, height is not None, given) if split is None else split
+        self.split = tuple(int(p) for p in own)
+        self._check_split(head_dim // 2, height is not None, given)
+        self.head_dim, self.height, self.width, self.pairing = head_dim, height, width, pairing
+        self.frequencies = _default_frequencies(theta, self.split) if given is None else given
+        self._tables: dict[tuple[torch.device, torch.dtype, int], RopeTables] = {}
+
+    def _check_split(self, pairs: int, spatial: bool, frequencies: tuple[torch.Tensor, ...] | None) -> None:
+        split = self.split
         if len(split) != 3 or min(split) < 0 or sum(split) != pairs:
             raise ValueError(f"split must be three counts that sum to head_dim / 2 = {pairs}, got {split}")
-        if height is None and split[1:] != (0, 0):
+        if not spatial and split[1:] != (0, 0):
             raise ValueError(f"split gives pairs to rows or columns, {split}, but height and width are None")
-        if frequencies is None:
-            frequencies = tuple(torch.tensor([theta ** (-i / p) for i in range(p)], dtype=torch.float64) for p in split)
-        elif tuple(f.numel() for f in frequencies) != split:
+        if frequencies is not None and tuple(f.numel() for f in frequencies) != split:
             raise ValueError(f"frequencies have {[f.numel() for f in frequencies]} entries, split is {split}")
-
-        self.head_dim, self.height, self.width, self.split, self.pairing = (
-            head_dim,
-            height,
-            width,
-            split,
-            pairing,
-        )
-        self.frequencies = frequencies
-        self._tables: dict[tuple[torch.device, torch.dtype, int], RopeTables] = {}
 
     @property
     def frame_tokens(self) -> int | None:
         """Tokens of a frame, ``height * width``; None without spatial axes (any number then)."""
-        return None if self.height is None else self.height * self.width
+        return None if self.height is None or self.width is None else self.height * self.width
 
     def tables(self, device: torch.device, dtype: torch.dtype, frame_tokens: int | None = None) -> RopeTables:
         """The tables on ``device`` for tensors of ``dtype`` (kept; float64 tables for float64, else float32)."""
@@ -96,14 +88,14 @@ class Rope3D:
         return self._tables[key]
 
     def _spatial(self, frame_tokens: int) -> torch.Tensor:
-        if self.height is None:
+        if self.height is None or self.width is None:
             return torch.zeros(frame_tokens, 0, 2, dtype=torch.float64)
         rows = torch.arange(self.height, dtype=torch.float64).repeat_interleave(self.width)
         columns = torch.arange(self.width, dtype=torch.float64).repeat(self.height)
         angles = torch.cat([torch.outer(rows, self.frequencies[1]), torch.outer(columns, self.frequencies[2])], 1)
         return torch.stack([angles.cos(), angles.sin()], -1)
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Rope3D)
             and (self.head_dim, self.height, self.width, self.split, self.pairing)
@@ -118,7 +110,17 @@ class Rope3D:
         return f"Rope3D(head_dim={self.head_dim}{size}, split={self.split}, pairing={self.pairing!r})"
 
 
-def _as_axes(frequencies) -> tuple[torch.Tensor, ...]:
+def _default_split(pairs: int, spatial: bool, frequencies: tuple[torch.Tensor, ...] | None) -> tuple[int, ...]:
+    if frequencies is not None:
+        return tuple(f.numel() for f in frequencies)
+    return (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3) if spatial else (pairs, 0, 0)
+
+
+def _default_frequencies(theta: float, split: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.tensor([theta ** (-i / p) for i in range(p)], dtype=torch.float64) for p in split)
+
+
+def _as_axes(frequencies: torch.Tensor | Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     axes = (frequencies,) if isinstance(frequencies, torch.Tensor) else tuple(frequencies)
     for axis in axes:
         if not isinstance(axis, torch.Tensor) or not axis.is_floating_point() or axis.dim() != 1:

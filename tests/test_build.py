@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rfkernels import native
+from rfkernels import native, toolchain
 from rfkernels.backends import cuda
 
 ROOT = Path(__file__).parent.parent
@@ -32,16 +32,16 @@ def test_finds_the_torch_of_the_environment(setup_py):
 
 def test_nvcc_comes_from_cuda_home_then_path_then_pip(setup_py, monkeypatch, tmp_path):
     home, path, pip = (nvcc_in(tmp_path / part) for part in ("home/bin", "path", "site/nvidia/cu13/bin"))
-    monkeypatch.setattr(setup_py, "site_packages", lambda: [tmp_path / "site"])
+    monkeypatch.setattr(setup_py.toolchain, "site_packages", lambda: [tmp_path / "site"])
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
-    assert setup_py.find_nvcc() == home
+    assert setup_py.toolchain.find_nvcc() == home
     monkeypatch.delenv("CUDA_HOME")
-    assert setup_py.find_nvcc() == path
+    assert setup_py.toolchain.find_nvcc() == path
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert setup_py.find_nvcc() == pip
-    monkeypatch.setattr(setup_py, "site_packages", lambda: [])
-    assert setup_py.find_nvcc() is None
+    assert setup_py.toolchain.find_nvcc() == pip
+    monkeypatch.setattr(setup_py.toolchain, "site_packages", lambda: [])
+    assert setup_py.toolchain.find_nvcc() is None
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_says_why_it_cannot_compile(setup_py, monkeypatch, tmp_path, version, re
     if version:
         (tmp_path / "torch").mkdir()
         (tmp_path / "torch" / "version.py").write_text(f"__version__ = {version!r}\n")
-    monkeypatch.setattr(setup_py, "site_packages", lambda: [tmp_path])
+    monkeypatch.setattr(setup_py.toolchain, "site_packages", lambda: [tmp_path])
     monkeypatch.setattr(setup_py, "find_compiler", lambda: "c++")
     found = setup_py.why_python_only()
     assert (found is None) if reason is None else (reason.replace(".cu", "+cu") in found)
@@ -117,6 +117,8 @@ def _configure(command: list, pybind11: str, nvcc: str, torch_cuda: str, **more:
         "RF_TORCH_DIR": Path(torch.__file__).parent,
         "RF_TORCH_VERSION": "2.14.1",
         "RF_TORCH_CUDA": torch_cuda,
+        "RF_TORCH_TARGET": toolchain.oldest_torch(),
+        "RF_TORCH_TARGET_CODE": toolchain.torch_target(),
         "RF_NVCC": nvcc,
         **more,
     }

@@ -88,7 +88,7 @@ def requests(device):
     incoming = Cotangents(plain[0], lse, plain[0], lse)
     yield "chunk_attention_backward", ChunkGradients(incoming, ChunkAttention(*plain, past, rope, geometry, 0.3))
     yield "sink_window_attention_backward", WindowGradients(incoming, WindowAttention(*plain, mask, None, 0.3))
-    weight = x[:, 0, 0]
+    weight = x[:, 0, 0].contiguous()
     yield "redmd_loss", ReDMD(x.clone().requires_grad_(), fake, cond, uncond, None, weight, x > 0, 3.0, 0.0, True)
     yield "redmd_loss", ReDMD(x, fake, cond, None, None, weight, None, 3.0, 0.0, False)
 

@@ -1,13 +1,14 @@
-// rfkernels._C: what was built, and the C++ geometry for the test that compares it with the Python one.
+// rfkernels._C: what was built, and the C++ geometry and plan for the tests that compare them with their Python twins.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "../geometry.h"
+#include "../plan.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information and slot arithmetic of the compiled part of rfkernels.";
+  m.doc() = "Build information, slot arithmetic and the plan of the compiled part of rfkernels.";
   m.attr("torch_version") = RF_TORCH_VERSION;  // built against; runs on every torch from torch_target on
   m.attr("torch_target") = RF_TORCH_TARGET;
   m.attr("compiler") = RF_COMPILER;
@@ -33,4 +34,7 @@ PYBIND11_MODULE(_C, m) {
       .def("chunk_begin", &WindowMask::chunk_begin)
       .def("chunk_end", &WindowMask::chunk_end)
       .def("visible", &WindowMask::visible);
+
+  m.def("key_shares", &rfkernels::key_shares, py::arg("row_tiles"), py::arg("keys"), py::arg("tile_keys"),
+        py::arg("processors"), py::arg("per_processor"));
 }

@@ -112,7 +112,8 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_named = threading.local()  # .backend, absent where no block is open; dynamo guards a plain local's attribute by thread
+_named = threading.local()  # .backend; dynamo guards a plain local's attribute by thread, but not a subclass's
+_named.backend = None  # of this thread; looking for what is absent, as in others, costs a microsecond
 _choices: dict[tuple, Choice] = {}  # every choice that was made
 
 

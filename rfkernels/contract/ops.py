@@ -66,7 +66,7 @@ def _loss(request: ReDMD) -> tuple[Tensor, Tensor]:
 class Operation(NamedTuple):
     """An op's request, what its schema returns, and its fake."""
 
-    request: type
+    request: type[tuple]
     returns: str
     fake: Callable[[Any], Any]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from .schedule import FlowMatchSchedule
 def flow_matching_loss(
     model: Callable[..., torch.Tensor],
     clean: torch.Tensor,
-    context,
+    context: Any,
     timesteps: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
     *,
@@ -23,7 +24,7 @@ def flow_matching_loss(
     weight: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     generator: Generators = None,
-    **forward,
+    **forward: Any,
 ) -> torch.Tensor:
     """The mean squared error of the flow that a model predicts on its own noised samples.
 
@@ -62,7 +63,12 @@ def flow_matching_loss(
 
 
 def critic_loss(
-    critic: Callable[..., torch.Tensor], generated: torch.Tensor, context, timesteps=None, noise=None, **options
+    critic: Callable[..., torch.Tensor],
+    generated: torch.Tensor,
+    context: Any,
+    timesteps: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+    **options: Any,
 ) -> torch.Tensor:
     """What keeps the critic (the fake score of DMD) up with the student: `flow_matching_loss` on generated samples.
 

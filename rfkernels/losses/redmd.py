@@ -66,7 +66,7 @@ def _redmd(request: ReDMD, backend: str | None) -> tuple[torch.Tensor, torch.Ten
         guidance_scale=float(request.guidance_scale),
         fake_guidance_scale=float(request.fake_guidance_scale),
         need_grad=torch.is_grad_enabled() and x.requires_grad,
-        **{name: None if latent is None else latent.detach() for name, latent in latents.items()},
+        **{name: latent.detach() for name, latent in latents.items() if latent is not None},
     )
     return ops.redmd_loss(request, backends.choose("redmd_loss", x.device, x.dtype, None, backend).backend)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 
+from .. import checks
 from ..draws import Generators, draw
+
+Step = TypeVar("Step", float, torch.Tensor)
 
 
 class FlowMatchSchedule:
@@ -25,11 +28,11 @@ class FlowMatchSchedule:
     """
 
     def __init__(self, shift: float = 5.0):
-        if not isinstance(shift, numbers.Real) or not shift > 0:
+        if not checks.is_real(shift) or not shift > 0:
             raise ValueError(f"shift must be a positive number, got {shift!r}")
         self.shift = float(shift)
 
-    def timestep(self, step: torch.Tensor | float) -> torch.Tensor | float:
+    def timestep(self, step: Step) -> Step:
         """The timestep t in 0..1000 of an unshifted step in 0..1000."""
         s = step / 1000
         return 1000 * self.shift * s / (1 + (self.shift - 1) * s)
@@ -65,10 +68,9 @@ class FlowMatchSchedule:
         low, high = bounds
         if not 0 <= low <= high <= 1000:
             raise ValueError(f"bounds must be two rising numbers in [0, 1000], got {bounds}")
-        size = (size,) if isinstance(size, numbers.Integral) else tuple(size)
-        uniform = draw(
-            torch.rand, size, generator, torch.get_default_device() if device is None else device, torch.float32
-        )
+        sizes = tuple(size) if isinstance(size, Iterable) else (size,)
+        device = torch.get_default_device() if device is None else device
+        uniform = draw(torch.rand, sizes, generator, device, torch.float32)
         return self.timestep(1000 * uniform).clamp(low, high)
 
     @staticmethod

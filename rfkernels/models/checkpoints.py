@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -187,7 +188,7 @@ def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _unwrap(state, weights: str | None, path: Path) -> dict[str, torch.Tensor]:
+def _unwrap(state: Any, weights: str | None, path: Path) -> dict[str, torch.Tensor]:
     """The state dict in what a trainer pickled: itself, or under a name."""
     known = ("generator_ema", "generator", "model", "state_dict")
     if weights is not None and (not isinstance(state, dict) or weights not in state):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from .. import checks
 
@@ -40,7 +41,7 @@ class CausalWanConfig:
     eps: float = 1e-6
     rope_theta: float = 10000.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             if field.type == "int":
                 checks.integer(field.name, getattr(self, field.name), 1)
@@ -59,7 +60,7 @@ class CausalWanConfig:
         return self.dim // self.num_heads
 
     @classmethod
-    def preset(cls, name: str, **changes) -> CausalWanConfig:
+    def preset(cls, name: str, **changes: Any) -> CausalWanConfig:
         """A published configuration (see `PRESETS`), with fields changed.
 
         Raises:

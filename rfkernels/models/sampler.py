@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from .. import checks
 from ..contract.requests import accumulate_dtype
-from ..draws import draw, keyed_generator
+from ..draws import Generators, draw, keyed_generator
 from .settings import StreamSettings
 from .wan import KV, CausalWan
 
@@ -214,7 +215,8 @@ class StreamingSampler:
 
         again: 1 for frames that are recomputed, whose noise must not be that of the chunk to come.
         """
-        own, size = generator, (len(self.streams), frames, *self.shape)
+        own: Generators = generator
+        size = (len(self.streams), frames, *self.shape)
         if own is None:
             own = [keyed_generator(self.seed, stream, self.chunk, again) for stream in self.streams]
         while True:
@@ -249,17 +251,18 @@ class StreamingSampler:
         """Starts another video. keep_sink: the sink frames stay, as if they were its first frames."""
         cache, tokens = self.cache, self.cache.frame_tokens
         kept = min(self.frames, cache.sink_frames) if keep_sink else 0
-        k, v = (None if x is None else x.clone() for x in (cache.sink_k, cache.sink_v))
-        fixed = cache.k[:, :, : kept * tokens].clone()  # sinks that never move have no un-rotated keys
+        fixed = cache.sink_k is None  # sinks that never move have no un-rotated keys
+        k = (cache.k[:, :, : kept * tokens] if cache.sink_k is None else cache.sink_k).clone()
+        v = cache.sink_v.clone()
         cache.reset()
         self._forget()
         for frame in range(kept):
             cache.begin_chunk(1)
             at = slice(frame * tokens, (frame + 1) * tokens)
             for index, layer in enumerate(cache):
-                layer.write((fixed if k is None else k)[index][:, at], v[index][:, at])
-        if kept and k is None:
-            cache.k[:, :, : kept * tokens] = fixed
+                layer.write(k[index][:, at], v[index][:, at])
+        if kept and fixed:
+            cache.k[:, :, : kept * tokens] = k
         self.frames = kept
 
     def snapshot(self) -> dict:
@@ -306,17 +309,18 @@ def _moved(context: TextContext, device: torch.device) -> TextContext:
 
 
 class _NoBar:
-    def __enter__(self):
+    def __enter__(self) -> _NoBar:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         return None
 
     def update(self, frames: int) -> None:
         pass
 
 
-def _bar(total: int | None, progress: bool | None):
+def _bar(total: int | None, progress: bool | None) -> AbstractContextManager[Any]:
+    """tqdm's bar of frames, or what stands in for it."""
     if progress is False:
         return _NoBar()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ class StreamingDecoder:
         vae: an ``AutoencoderKLWan``, on its device and in its dtype.
     """
 
-    def __init__(self, vae):
+    def __init__(self, vae: Any):
         self.vae, like = vae, dict(device=vae.device, dtype=vae.dtype)
         self._mean, self._std = (
             torch.tensor(c, **like)[:, None, None, None] for c in (vae.config.latents_mean, vae.config.latents_std)
@@ -58,7 +59,7 @@ class StreamingDecoder:
 
 
 @torch.no_grad()
-def encode_prompts(tokenizer, encoder, prompts: Sequence[str], text_len: int = 512) -> torch.Tensor:
+def encode_prompts(tokenizer: Any, encoder: Any, prompts: Sequence[str], text_len: int = 512) -> torch.Tensor:
     """Embeddings ``[B, text_len, text_dim]`` as Wan was trained on: zeros behind the end of each text.
 
     Args:

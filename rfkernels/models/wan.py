@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,15 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 KV = tuple[torch.Tensor, torch.Tensor]
 
 
+class MaskTokens(TypedDict):
+    """A `ChunkMask` in tokens: arguments of `sink_window_attention`."""
+
+    sink_tokens: int
+    window_tokens: int
+    chunk_tokens: int
+    first_chunk_tokens: int
+
+
 @dataclass(frozen=True)
 class ChunkMask:
     """What a full-sequence pass of a causal model sees: the chunks, sinks and window of a stream with alpha = 1.
@@ -41,14 +51,14 @@ class ChunkMask:
     window_frames: int = 6
     first_chunk_frames: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checks.integer("chunk_frames", self.chunk_frames, 1)
         checks.integer("sink_frames", self.sink_frames, 0)
         checks.integer("window_frames", self.window_frames, self.chunk_frames)
         if self.first_chunk_frames is not None:
             checks.integer("first_chunk_frames", self.first_chunk_frames, 1, self.chunk_frames)
 
-    def tokens(self, frame_tokens: int) -> dict[str, int]:
+    def tokens(self, frame_tokens: int) -> MaskTokens:
         """The arguments of `sink_window_attention`."""
         first = self.chunk_frames if self.first_chunk_frames is None else self.first_chunk_frames
         return {
@@ -59,16 +69,16 @@ class ChunkMask:
         }
 
 
-def _bidirectional(q, k, v, rope: Rope3D) -> torch.Tensor:
+def _bidirectional(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope3D) -> torch.Tensor:
     tokens = q.shape[1]
     return sink_window_attention(q, k, v, sink_tokens=0, window_tokens=tokens, chunk_tokens=tokens, rope=rope)
 
 
-def _chunk_causal(q, k, v, rope: Rope3D, mask: dict[str, int]) -> torch.Tensor:
+def _chunk_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope3D, mask: MaskTokens) -> torch.Tensor:
     return sink_window_attention(q, k, v, **mask, rope=rope)
 
 
-def _teacher_forcing(q, k, v, rope: Rope3D, mask: dict[str, int]) -> torch.Tensor:
+def _teacher_forcing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope3D, mask: MaskTokens) -> torch.Tensor:
     """Tokens are [clean | noisy]: a noisy chunk sees itself and the clean frames before it."""
     (clean_q, noisy_q), (clean_k, noisy_k), (clean_v, noisy_v) = (x.chunk(2, 1) for x in (q, k, v))
     clean = sink_window_attention(clean_q, clean_k, clean_v, **mask, rope=rope)
@@ -101,7 +111,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Projections of an attention; what is attended to is the caller's."""
+    """Projections of an attention."""
 
     def __init__(self, config: CausalWanConfig):
         super().__init__()
@@ -117,14 +127,22 @@ class Attention(nn.Module):
     def keys_values(self, x: torch.Tensor) -> KV:
         return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
 
-    def forward(self, x: torch.Tensor, attend: Attend | None = None, kv: KV | None = None) -> torch.Tensor:
-        """``attend`` on the tokens' own keys and values, or, as cross-attention, all of ``kv``."""
-        q = self.heads(self.norm_q(self.q(x)))
-        if kv is None:
-            out = attend(q, *self.keys_values(x))
-        else:
-            out = F.scaled_dot_product_attention(*(t.to(q.dtype).transpose(1, 2) for t in (q, *kv))).transpose(1, 2)
-        return self.o(out.flatten(2))
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        return self.heads(self.norm_q(self.q(x)))
+
+
+class SelfAttention(Attention):
+    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """``attend`` on the tokens' own queries, keys and values."""
+        return self.o(attend(self.queries(x), *self.keys_values(x)).flatten(2))
+
+
+class CrossAttention(Attention):
+    def forward(self, x: torch.Tensor, kv: KV) -> torch.Tensor:
+        """Every query to all of ``kv``."""
+        q = self.queries(x)
+        q, k, v = (t.to(q.dtype).transpose(1, 2) for t in (q, *kv))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -132,9 +150,9 @@ class Block(nn.Module):
         super().__init__()
         dim, eps = config.dim, config.eps
         self.norm1 = LayerNorm(dim, eps, elementwise_affine=False)
-        self.self_attn = Attention(config)
+        self.self_attn = SelfAttention(config)
         self.norm3 = LayerNorm(dim, eps) if config.cross_attn_norm else nn.Identity()
-        self.cross_attn = Attention(config)
+        self.cross_attn = CrossAttention(config)
         self.norm2 = LayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
@@ -146,12 +164,12 @@ class Block(nn.Module):
 
         Without x returns the context's keys and values, so that what wraps this forward (FSDP) wraps that too.
         """
-        if x is None:
-            return self.cross_attn.keys_values(context)
+        kv = self.cross_attn.keys_values(context) if isinstance(context, torch.Tensor) else context
+        if x is None or time is None or attend is None:
+            return kv
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.to(time.dtype) + time).unbind(2)
         x = _gated(x, self.self_attn(_modulated(self.norm1(x), shift, scale), attend), gate)
-        kv = self.cross_attn.keys_values(context) if isinstance(context, torch.Tensor) else context
-        x = x + self.cross_attn(self.norm3(x), kv=kv)
+        x = x + self.cross_attn(self.norm3(x), kv)
         return _gated(x, self.ffn(_modulated(self.norm2(x), ffn_shift, ffn_scale)), ffn_gate)
 
 
@@ -215,8 +233,9 @@ class CausalWan(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         for sequence in (self.text_embedding, self.time_embedding):
-            for layer in sequence[::2]:
-                nn.init.normal_(layer.weight, std=0.02)
+            for layer in sequence:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
     @property
@@ -247,16 +266,16 @@ class CausalWan(nn.Module):
             self._ropes[grid] = Rope3D(self.config.head_dim, *grid, theta=self.config.rope_theta)
         return self._ropes[grid]
 
-    def make_cache(self, batch_size: int, height: int, width: int, **options) -> EMASinkCache:
+    def make_cache(self, batch_size: int, height: int, width: int, **options: Any) -> EMASinkCache:
         """An `EMASinkCache` for latent frames of ``height`` x ``width``, in the model's dtype and on its device.
 
         ``options`` are the cache's: sink_frames (3), window_frames (6), alpha, sink_dtype, sink_positions, ...
         """
-        rope = self.rope(height, width)
-        defaults = {"sink_frames": 3, "window_frames": 6, "dtype": self.dtype, "device": self.device}
+        defaults: dict[str, Any] = {"sink_frames": 3, "window_frames": 6, "dtype": self.dtype, "device": self.device}
         return EMASinkCache(
             num_layers=self.config.num_layers, batch_size=batch_size, num_kv_heads=self.config.num_heads,
-            head_dim=self.config.head_dim, frame_tokens=rope.frame_tokens, rope=rope, **(defaults | options),
+            head_dim=self.config.head_dim, frame_tokens=math.prod(self.grid(height, width)),
+            rope=self.rope(height, width), **(defaults | options),
         )  # fmt: skip
 
     def encode_context(self, context: torch.Tensor) -> list[KV]:
@@ -299,10 +318,12 @@ class CausalWan(nn.Module):
         grid = self.grid(height, width)
         timesteps = self._check_timesteps(timesteps, batch, frames)
         attends = self._attends(grid, latents, cache, contexts, mask, clean)
+        texts: Sequence[torch.Tensor | KV]
         if isinstance(context, torch.Tensor):
-            context = [self._embedded(context, batch)] * config.num_layers
+            texts = [self._embedded(context, batch)] * config.num_layers
         else:
             self._check_cached(context, batch)
+            texts = context
         if clean is not None:
             timesteps = torch.cat([torch.zeros_like(timesteps), timesteps], 1)
             latents = torch.cat([clean.to(latents.dtype), latents], 1)
@@ -310,11 +331,11 @@ class CausalWan(nn.Module):
         x = self.patch_embedding(latents.to(self.dtype).transpose(1, 2)).flatten(2).transpose(1, 2)
         embedded = self.time_embedding(_sinusoids(timesteps, config.freq_dim).to(self.dtype))
         time = self.time_projection(embedded).unflatten(-1, (6, -1)).to(accumulate_dtype(self.dtype))
-        for block, attend, kv in zip(self.blocks, attends, context, strict=True):
+        for block, attend, text in zip(self.blocks, attends, texts, strict=True):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, time, attend, kv, use_reentrant=False)
+                x = checkpoint(block, x, time, attend, text, use_reentrant=False)
             else:
-                x = block(x, time, attend, kv)
+                x = block(x, time, attend, text)
         if clean is not None:
             x, embedded = x[:, x.shape[1] // 2 :], embedded[:, frames:]
         patches = self.head(x, embedded.to(time.dtype))
@@ -324,7 +345,15 @@ class CausalWan(nn.Module):
         video = patches.permute(0, 1, 6, 2, 4, 3, 5)  # [B, F, C, rows, p, columns, q]
         return video.reshape(batch, frames, config.out_channels, height, width).to(latents.dtype)
 
-    def _attends(self, grid, latents, cache, contexts, mask, clean) -> list[Attend]:
+    def _attends(
+        self,
+        grid: tuple[int, int],
+        latents: torch.Tensor,
+        cache: EMASinkCache | None,
+        contexts: Sequence[Context] | None,
+        mask: ChunkMask | None,
+        clean: torch.Tensor | None,
+    ) -> list[Attend]:
         """What the self-attention of each layer is."""
         layers, tokens = self.config.num_layers, grid[0] * grid[1]
         if sum(x is not None for x in (cache, contexts, mask)) > 1:
@@ -354,7 +383,7 @@ class CausalWan(nn.Module):
         attend = _chunk_causal if clean is None else _teacher_forcing
         return [partial(attend, rope=rope, mask=mask.tokens(tokens))] * layers
 
-    def _check_layers(self, name: str, layers: Sequence | EMASinkCache, what: str = "") -> None:
+    def _check_layers(self, name: str, layers: Sequence[Any] | EMASinkCache, what: str = "") -> None:
         if len(layers) != self.config.num_layers:
             raise ValueError(f"{name} must have {what}{self.config.num_layers} layers, got {len(layers)}")
 
@@ -370,17 +399,19 @@ class CausalWan(nn.Module):
         checks.shape(name, latents, B=None, F=None, C=self.config.in_channels, h=None, w=None)
         return latents.shape
 
-    def _check_timesteps(self, timesteps: torch.Tensor, batch: int, frames: int) -> torch.Tensor:
+    def _check_timesteps(self, timesteps: torch.Tensor | None, batch: int, frames: int) -> torch.Tensor:
+        if timesteps is None:
+            raise TypeError("timesteps must be a tensor where latents are given, got None")
         if timesteps.shape == (batch,):
             timesteps = timesteps[:, None]
         if timesteps.shape not in ((batch, 1), (batch, frames)):
             raise ValueError(f"timesteps must be [B={batch}] or [B, F={frames}], got shape {tuple(timesteps.shape)}")
         return timesteps.expand(batch, frames)
 
-    def _embedded(self, context: torch.Tensor, batch: int | None = None) -> torch.Tensor:
-        checks.tensor("context", context, 3, self.device)
-        checks.shape("context", context, batch=batch, tokens=None, text_dim=self.config.text_dim)
-        return self.text_embedding(context.to(self.dtype))
+    def _embedded(self, context: torch.Tensor | Sequence[KV], batch: int | None = None) -> torch.Tensor:
+        text = checks.tensor("context", context, 3, self.device)
+        checks.shape("context", text, batch=batch, tokens=None, text_dim=self.config.text_dim)
+        return self.text_embedding(text.to(self.dtype))
 
     def _check_cached(self, context: Sequence[KV], batch: int) -> None:
         self._check_layers("context", context, "(k, v) of ")

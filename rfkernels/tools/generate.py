@@ -12,12 +12,17 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..models import CausalWanConfig, StreamingSampler, from_pretrained
 from ..models.checkpoints import read_config
 from ..models.video import StreamingDecoder, encode_prompts
+
+if TYPE_CHECKING:
+    from av.container import OutputContainer
+    from av.video.stream import VideoStream
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 NEEDED = ("av", "diffusers", "transformers")
@@ -123,18 +128,24 @@ def _generate(args: argparse.Namespace, folders: dict[str, Path]) -> None:
     print(f"{args.out}: {args.frames} frames at {args.fps} frames/s")
 
 
-def _encode(args, folders, config: CausalWanConfig, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _encode(
+    args: argparse.Namespace,
+    folders: dict[str, Path],
+    config: CausalWanConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """The prompt's embeddings; the encoder, larger than the transformer, is gone when this returns."""
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     tokenizer = AutoTokenizer.from_pretrained(folders["tokenizer"], local_files_only=True)
-    encoder = UMT5EncoderModel.from_pretrained(folders["text_encoder"], local_files_only=True, dtype=dtype)
+    encoder: Any = UMT5EncoderModel.from_pretrained(folders["text_encoder"], local_files_only=True, dtype=dtype)
     if encoder.config.d_model != config.text_dim:
         raise UsageError(f"the text encoder must have text_dim={config.text_dim}, got {encoder.config.d_model}")
     return encode_prompts(tokenizer, encoder.to(device).eval(), [args.prompt], config.text_len)
 
 
-def _open_video(path: Path, fps: int):
+def _open_video(path: Path, fps: int) -> tuple[OutputContainer, VideoStream]:
     """PyAV's container and stream of a video file, which comes to be with its first frame."""
     import av
 

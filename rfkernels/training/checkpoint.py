@@ -126,9 +126,9 @@ def _set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _gather_objects(trainer: ReDMDTrainer, value) -> list:
+def _gather_objects(trainer: ReDMDTrainer, value: Any) -> list[Any]:
     if trainer.world == 1:
         return [value]
-    everyone = [None] * trainer.world
+    everyone: list[Any] = [None] * trainer.world
     dist.all_gather_object(everyone, value)
     return everyone

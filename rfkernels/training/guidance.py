@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from ..losses.schedule import FlowMatchSchedule
 
 
 def predict_clean(
-    model: Callable[..., torch.Tensor], noisy: torch.Tensor, timesteps: torch.Tensor, context, **forward
+    model: Callable[..., torch.Tensor], noisy: torch.Tensor, timesteps: torch.Tensor, context: Any, **forward: Any
 ) -> torch.Tensor:
     """x0 ``[B, F, C, h, w]`` of noisy clips whose flow the model predicts; timesteps ``[B]`` or ``[B, F]``."""
     return FlowMatchSchedule.clean(noisy, model(noisy, timesteps, context, **forward), timesteps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -94,57 +95,30 @@ class SelfForcingRollout:
         Raises:
             ValueError, TypeError: naming the argument.
         """
-        model, settings = self.model, self.settings
+        model = self.model
         checks.tensor("context", context, 3, model.device)
         checks.integer("num_frames", num_frames, 1)
         batch, channels = len(context), model.config.in_channels
-        dtype = accumulate_dtype(model.dtype)
         if initial is not None:
             checks.tensor("initial", initial, 5, model.device)
             checks.shape("initial", initial, batch=batch, frames=None, channels=channels, height=height, width=width)
         given = 0 if initial is None else initial.shape[1]
         chunks = self.settings.chunks(num_frames, given)
         exits = self._exits(len(chunks), exit_generator, exit_steps)
-        cache = model.make_cache(batch, height, width, **self.cache_options)
-        with torch.no_grad():
-            encoded = model.encode_context(context)
-
-        def noise(frames: int) -> torch.Tensor:
-            return draw(torch.randn, (batch, frames, channels, height, width), generator, model.device, dtype)
-
-        def predict(x: torch.Tensor, timestep: float, context, **past) -> torch.Tensor:
-            flow = model(x, torch.full((batch,), timestep, device=x.device), context, **past)
-            return self.schedule.clean(x, flow, timestep)
-
-        @torch.no_grad()
-        def write(clean: torch.Tensor) -> None:
-            if settings.add_context_noise and settings.context_noise:
-                clean = self.schedule.add_noise(clean, noise(clean.shape[1]), settings.context_noise)
-            predict(clean, settings.context_noise, encoded, cache=cache)
-
-        for frames in () if initial is None else initial.to(dtype).split(self.settings.chunks(given), 1):
-            cache.begin_chunk(frames.shape[1])
-            write(frames)
+        passes = _Passes(self, context, height, width, generator)
+        if initial is not None:
+            for past in initial.to(passes.dtype).split(self.settings.chunks(given), 1):
+                passes.cache.begin_chunk(past.shape[1])
+                passes.write(past)
         done, first_grad, made = 0, num_frames, []
         for frames, last in zip(chunks, exits, strict=True):
-            cache.begin_chunk(frames)
-            x = noise(frames)
-            with torch.no_grad():
-                for timestep, following in zip(self.timesteps[:last], self.timesteps[1:], strict=False):
-                    clean = predict(x, timestep, encoded, cache=cache)
-                    x = self.schedule.add_noise(clean, noise(frames), following)
             graded = done >= num_frames - self.grad_frames
             first_grad = min(first_grad, done) if graded else first_grad
-            if graded and torch.is_grad_enabled():
-                # The embeddings, not their cached keys and values: these have weights too.
-                clean = predict(x, self.timesteps[last], context, contexts=[layer.context() for layer in cache])
-            else:
-                with torch.no_grad():
-                    clean = predict(x, self.timesteps[last], encoded, cache=cache)
+            clean = passes.chunk(frames, last, graded and torch.is_grad_enabled())
             made.append(clean)
             done += frames
             if done < num_frames:
-                write(clean.detach())
+                passes.write(clean.detach())
         return Rollout(torch.cat(made, 1), first_grad, exits)
 
     def _exits(self, chunks: int, generator: torch.Generator | None, given: Sequence[int] | None) -> list[int]:
@@ -160,3 +134,48 @@ class SelfForcingRollout:
             chosen = chosen.to(self.model.device)
             dist.broadcast(chosen, 0)
         return chosen.expand(chunks).tolist()
+
+
+class _Passes:
+    """The student's passes over the cache of one rollout."""
+
+    def __init__(
+        self, rollout: SelfForcingRollout, context: torch.Tensor, height: int, width: int, generator: Generators
+    ):
+        model = rollout.model
+        self.rollout, self.context, self.generator = rollout, context, generator
+        self.shape, self.dtype = (model.config.in_channels, height, width), accumulate_dtype(model.dtype)
+        self.cache = model.make_cache(len(context), height, width, **rollout.cache_options)
+        with torch.no_grad():
+            self.encoded = model.encode_context(context)
+
+    def noise(self, frames: int) -> torch.Tensor:
+        size = (len(self.context), frames, *self.shape)
+        return draw(torch.randn, size, self.generator, self.cache.device, self.dtype)
+
+    def predict(self, x: torch.Tensor, timestep: float, with_gradient: bool = False) -> torch.Tensor:
+        """x0 of the open chunk; without gradient the cache is written."""
+        times = torch.full((len(x),), timestep, device=x.device)
+        if with_gradient:
+            # The embeddings, not their cached keys and values: these have weights too.
+            flow = self.rollout.model(x, times, self.context, contexts=[layer.context() for layer in self.cache])
+        else:
+            with torch.no_grad():
+                flow = self.rollout.model(x, times, self.encoded, cache=self.cache)
+        return self.rollout.schedule.clean(x, flow, timestep)
+
+    def chunk(self, frames: int, last: int, with_gradient: bool) -> torch.Tensor:
+        """The next chunk, denoised down to step ``last``, whose pass may have a gradient."""
+        self.cache.begin_chunk(frames)
+        x, timesteps = self.noise(frames), self.rollout.timesteps
+        for timestep, following in itertools.pairwise(timesteps[: last + 1]):
+            clean = self.predict(x, timestep)
+            x = self.rollout.schedule.add_noise(clean, self.noise(frames), following)
+        return self.predict(x, timesteps[last], with_gradient)
+
+    def write(self, clean: torch.Tensor) -> None:
+        """The pass that leaves the clean chunk in the cache."""
+        settings = self.rollout.settings
+        if settings.add_context_noise and settings.context_noise:
+            clean = self.rollout.schedule.add_noise(clean, self.noise(clean.shape[1]), settings.context_noise)
+        self.predict(clean, settings.context_noise)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from .. import checks
-from ..draws import draw, keyed_generator
+from ..draws import Generators, draw, keyed_generator
 from ..losses import FlowMatchSchedule, ReDMDLoss, critic_loss, effective_sample_size
 from ..models.wan import CausalWan
 from .config import AUTOCAST, ReDMDConfig
 from .guidance import predict_clean
-from .rollout import SelfForcingRollout
+from .rollout import Rollout, SelfForcingRollout
 from .sharding import full, is_sharded
 
-Batch = tuple[torch.Tensor, Sequence[str]]  # text embeddings [B, n, text_dim], and the prompts that they are of
+Prompts = Sequence[Any]  # texts, or whatever else the reward is told of each sample
+Batch = tuple[torch.Tensor, Prompts]  # text embeddings [B, n, text_dim], and the prompts that they are of
 _GENERATOR, _CRITIC = 0, 1  # phases of a step, for the keys of its random numbers
 
 
@@ -47,7 +49,7 @@ class ReDMDTrainer:
         teacher: CausalWan,
         critic: CausalWan,
         uncond: torch.Tensor | None,
-        reward: Callable[[torch.Tensor, Sequence[str]], torch.Tensor] | None = None,
+        reward: Callable[[torch.Tensor, Prompts], torch.Tensor] | None = None,
         decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
         config: ReDMDConfig | None = None,
     ):
@@ -78,9 +80,8 @@ class ReDMDTrainer:
         self.loss = ReDMDLoss(config.beta, config.guidance_scale, config.fake_guidance_scale, config.max_weight)
         self.schedule = FlowMatchSchedule(config.shift)
         autocast = AUTOCAST[config.autocast]
-        self.rollout = SelfForcingRollout(
-            student, **config.rollout, **({} if autocast is None else {"dtype": autocast})
-        )
+        dtype = {} if autocast is None else {"dtype": autocast}
+        self.rollout = SelfForcingRollout(student, **(config.rollout | dtype))
         # Taken once: what FSDP2 shows as parameters changes around a pass, the optimisers want the sharded ones.
         self.weights, self.critic_weights = (
             {name: p for name, p in model.named_parameters() if p.requires_grad} for model in (student, critic)
@@ -148,7 +149,7 @@ class ReDMDTrainer:
                 seen.append(metrics)
             weight = torch.cat([m["weight"] for m in seen])
             everyone = self._gather(weight)
-            scale = 1.0
+            scale: float | torch.Tensor = 1.0
             if self.config.normalize_weights:
                 scale = everyone.mean()
                 # The gradient is linear in the weights: dividing it by their mean now, when all of them are known, is
@@ -172,7 +173,9 @@ class ReDMDTrainer:
         }
         return metrics
 
-    def _generator_loss(self, index: int, context: torch.Tensor, prompts: Sequence[str]):
+    def _generator_loss(
+        self, index: int, context: torch.Tensor, prompts: Prompts
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         config, (generators, exits) = self.config, self._generators(_GENERATOR, index, len(context))
         with self._autocast():
             clip = self._roll(context, generators, exits)
@@ -207,15 +210,13 @@ class ReDMDTrainer:
             norm = self._update("critic", self.critic_weights, self.critic_optimizer)
         return {"critic_loss": torch.stack(losses).mean(), "critic_grad_norm": norm}
 
-    def _roll(self, context: torch.Tensor, generators, exits: torch.Generator):
+    def _roll(self, context: torch.Tensor, generators: Generators, exits: torch.Generator) -> Rollout:
         c = self.config
-        return self.rollout(
-            context, c.num_frames, c.height, c.width, generator=generators, exit_generator=exits
-        )  # fmt: skip
+        return self.rollout(context, c.num_frames, c.height, c.width, generator=generators, exit_generator=exits)
 
     @torch.no_grad()
-    def _reward(self, latents: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        if self.reward is None:
+    def _reward(self, latents: torch.Tensor, prompts: Prompts) -> torch.Tensor:
+        if self.reward is None or self.decode is None:
             return torch.zeros(len(latents), device=latents.device)
         reward = self.reward(self.decode(latents), prompts)
         problem = None
@@ -231,7 +232,7 @@ class ReDMDTrainer:
     # --- parts of it --------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _gradients_of(self, optimizer: torch.optim.Optimizer):
+    def _gradients_of(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
         """Fresh gradients, which are gone afterwards, whatever happens."""
         optimizer.zero_grad(set_to_none=True)
         try:
@@ -248,7 +249,7 @@ class ReDMDTrainer:
         optimizer.step()
         return norm.detach()
 
-    def _autocast(self):
+    def _autocast(self) -> torch.autocast:
         dtype = AUTOCAST[self.config.autocast]
         # Without its cache: a weight cast within no_grad must not serve a pass that wants gradients.
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None, cache_enabled=False)

@@ -1,5 +1,7 @@
-// The launch plan of the attention backward for ctypes, and the sizes of the structs that launch.py mirrors.
+// For ctypes: the launch plan of the attention backward, the sizes of the structs that launch.py mirrors, and the
+// ranges that tiles sweep.
 #include "../../csrc/cuda/attention/backward_params.h"
+#include "../../csrc/cuda/attention/ranges.h"
 
 using namespace rfkernels::cuda;
 
@@ -13,4 +15,12 @@ void grad_kv_plan(const BackwardParams* params, int head_dim, Launch* launch) {
 }
 int delta_params_bytes() { return sizeof(DeltaParams); }
 int backward_params_bytes() { return sizeof(BackwardParams); }
+
+void tile_keys(const AttentionProblem* p, int sample, int part, int first_row, int last_row, Sweep* sweep) {
+  *sweep = swept_keys(*p, StreamRows(*p, sample), part, first_row, last_row);
+}
+void row_keys(const AttentionProblem* p, int part, int row, Range* range) { *range = keys_of_row(*p, part, row, 0, 0); }
+void tile_queries(const AttentionProblem* p, int sample, int outside, int first_key, int last_key, Sweep* sweep) {
+  *sweep = swept_queries(*p, StreamRows(*p, sample), outside != 0, first_key, last_key);
+}
 }

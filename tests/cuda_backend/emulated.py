@@ -26,6 +26,7 @@ from ptx import emulator
 
 from rfkernels.backends.cuda import requests
 from rfkernels.contract import ops
+from rfkernels.toolchain import torch_target
 
 ROOT = Path(__file__).parents[2]
 CSRC, HERE = ROOT / "csrc", Path(__file__).parent
@@ -90,7 +91,7 @@ def _library() -> Path:
     host = (path for path in (CSRC / "host" / "cuda").glob("*.cpp") if path.name != "runtime.cpp")
     sources = [*sorted(host), HERE / "runtime.cpp"]
     torch_folder = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020d000000000000"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", f"-DTORCH_TARGET_VERSION={torch_target()}"]
     flags += [
         f"-DRF_NATIVE_NAMESPACE={NAMESPACE}",
         f"-DRF_CUDA_NAMESPACE={NAMESPACE}",

@@ -5,7 +5,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from rfkernels.native import find_nvcc
+from rfkernels.toolchain import find_nvcc
 
 
 @cache

@@ -5,11 +5,9 @@
 
 namespace rfkernels::cuda {
 
-constexpr int kMergeWarps = 8;
-
 template <class T>
 __device__ __forceinline__ void attention_merge(const MergeParams& p) {
-  const int64_t row = int64_t(blockIdx.x) * kMergeWarps + threadIdx.x / 32;  // (sample, query, head)
+  const int64_t row = int64_t(blockIdx.x) * kMergeRows + threadIdx.x / 32;  // (sample, query, head)
   const int64_t rows = int64_t(p.batch) * p.queries * p.heads;
   if (row >= rows) return;
   const int lane = threadIdx.x % 32;
@@ -47,10 +45,10 @@ __device__ __forceinline__ void attention_merge(const MergeParams& p) {
 
 }  // namespace rfkernels::cuda
 
-#define RF_ATTENTION_MERGE(name, T)                                               \
-  extern "C" __global__ void __launch_bounds__(32 * rfkernels::cuda::kMergeWarps) \
-      name(const __grid_constant__ rfkernels::cuda::MergeParams params) {         \
-    rfkernels::cuda::attention_merge<T>(params);                                  \
+#define RF_ATTENTION_MERGE(name, T)                                              \
+  extern "C" __global__ void __launch_bounds__(32 * rfkernels::cuda::kMergeRows) \
+      name(const __grid_constant__ rfkernels::cuda::MergeParams params) {        \
+    rfkernels::cuda::attention_merge<T>(params);                                 \
   }
 
 RF_ATTENTION_MERGE(rf_attention_merge_bf16, rfkernels::cuda::BFloat16)

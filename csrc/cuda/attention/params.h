@@ -82,6 +82,8 @@ struct ForwardTiles {
   }
 };
 
+constexpr int kMergeRows = 8;  // of a block of the merge kernel, a warp each
+
 // Joins `splits` results over disjoint keys, at most 32.
 struct MergeParams {
   const float* parts;     // [splits, B, N_q, H_q, D]

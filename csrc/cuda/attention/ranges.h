@@ -52,15 +52,19 @@ struct StreamRows {
   int past = 0;         // tokens of k that are seen (kPrefix, kChunk)
 
   StreamRows() = default;
+  // first_frame and missing alone, for a block of the chunk's own keys.
+  RF_HOST_DEVICE void find_open(const AttentionProblem& p, int num_frames) {
+    first_frame = num_frames - p.queries / int(p.frame_tokens);
+    missing = most(-first_frame, 0) * int(p.frame_tokens);
+  }
   RF_HOST_DEVICE StreamRows(const AttentionProblem& p, int sample) {
     if (p.use == Use::kWindow) {
       offset = p.keys - p.queries;
     } else {
-      const int tokens = int(p.frame_tokens), frames = p.queries / tokens, num_frames = int(p.num_frames[sample]);
-      missing = most(frames - num_frames, 0) * tokens;
-      first_frame = num_frames - frames;
-      const int valid = least(num_frames, int(p.capacity)) - (p.use == Use::kChunk ? frames : 0);
-      past = most(valid, 0) * tokens;
+      const int num_frames = int(p.num_frames[sample]);
+      find_open(p, num_frames);
+      const int valid = least(num_frames, int(p.capacity)) - (p.use == Use::kChunk ? num_frames - first_frame : 0);
+      past = most(valid, 0) * int(p.frame_tokens);
     }
   }
 };

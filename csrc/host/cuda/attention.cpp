@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "../../plan.h"
 #include "arguments.h"
 
 // A kernel is a line here; of those for a type and head_dim the first that fits serves.
@@ -36,7 +37,6 @@ RF_DECLARE_KERNEL(rf_attention_merge_bf16)
 namespace rfkernels::cuda {
 namespace {
 
-constexpr int kMergeRows = 8, kMergeThreads = 256, kMaxSplits = 16;
 constexpr int kSmallShared = 128 * 1024;  // sm_86, sm_89 and sm_120 have 100 KB, the others 164 KB and more
 
 enum class For { kAll, kSmall /* multiprocessors with 100 KB of shared memory */, kHopper /* 9.0 */ };
@@ -64,13 +64,6 @@ const ForwardKernel& forward_kernel(const Tensor& k, int64_t head_dim) {
   STD_TORCH_CHECK(false, "no CUDA attention kernel was compiled in for this dtype and head_dim ", head_dim);
 }
 
-// As many blocks as fill the device once share the keys of a tile of queries, each with two tiles of keys or more.
-int64_t splits_of(int64_t blocks, int64_t keys, const ForwardTiles& tiles, const Tensor& x) {
-  const int64_t resident = int64_t(processors(x)) * tiles.blocks_per_sm();
-  return std::max<int64_t>(
-      1, std::min({resident / std::max<int64_t>(1, blocks), keys / (2 * tiles.keys), int64_t(kMaxSplits)}));
-}
-
 std::tuple<Tensor, Tensor> attention_forward(const requests::AttentionForward& request,
                                              const std::vector<Tensor>& tensors) {
   const auto& [q, keys, rope, scale] = request;
@@ -88,7 +81,7 @@ std::tuple<Tensor, Tensor> attention_forward(const requests::AttentionForward& r
   const int64_t blocks = params.row_blocks * vq.heads * vq.batch;
   const int64_t longest =
       p.use == Use::kWindow ? std::min(vk.tokens, p.mask.sink_tokens + p.mask.window_tokens) : vk.tokens + vok.tokens;
-  const int64_t splits = splits_of(blocks, longest, kernel.tiles, k);
+  const int64_t splits = key_shares(blocks, longest, kernel.tiles.keys, processors(k), kernel.tiles.blocks_per_sm());
   params.splits = int32_t(splits);
   // With splits each writes a result of its own, in float: the only memory beside the outputs.
   const Tensor parts = splits == 1 ? out
@@ -112,7 +105,7 @@ std::tuple<Tensor, Tensor> attention_forward(const requests::AttentionForward& r
                             int32_t(vq.head_dim)};
     const Kernel join =
         kernel.dtype == DType::Float16 ? RF_KERNEL(rf_attention_merge_fp16) : RF_KERNEL(rf_attention_merge_bf16);
-    launch(join, {divide_up(vq.batch * vq.tokens * vq.heads, kMergeRows)}, kMergeThreads, 0, merge, {parts, part_lse},
+    launch(join, {divide_up(vq.batch * vq.tokens * vq.heads, kMergeRows)}, 32 * kMergeRows, 0, merge, {parts, part_lse},
            {out, lse});
   }
   return {out, lse};

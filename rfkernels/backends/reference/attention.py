@@ -43,7 +43,7 @@ def dense_attention(
         return torch.einsum("bnhgd,bmhd->bhgnm", grouped, k) * scale
 
     scores = scores_of(q)
-    if sink_q is not None:
+    if sink_q is not None and sink_region is not None:
         scores = torch.where(sink_region, scores_of(sink_q), scores)
     empty = torch.zeros((), dtype=torch.bool, device=q.device)
     if visible is not None:

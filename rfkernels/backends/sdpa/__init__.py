@@ -32,6 +32,7 @@ from ...contract.requests import (
 )
 from ...contract.schemas import flattener
 from .. import reference
+from ..layout import unit_rows
 from . import dense
 
 _native = torch.ops.rfkernels_native
@@ -69,7 +70,7 @@ def write(request: Write) -> None:
 
 
 def _readable(request: Write) -> Write:
-    return request._replace(new_k=_rows(request.new_k), new_v=_rows(request.new_v))
+    return request._replace(new_k=unit_rows(request.new_k), new_v=unit_rows(request.new_v))
 
 
 def rotate(
@@ -84,18 +85,14 @@ def rotate(
     """`reference.rotate`, compiled where that is possible."""
     if rope is None or not native.serves(x):
         return reference.rotate(x, frames, rope, first_token=first_token, inverse=inverse, dtype=dtype)
-    return _native.rotate(*_flat_rotate(Rotate(_rows(x), frames, first_token, rope, inverse, dtype)))
+    return _native.rotate(*_flat_rotate(Rotate(unit_rows(x), frames, first_token, rope, inverse, dtype)))
 
 
 def redmd_loss(request: ReDMD) -> tuple[torch.Tensor, torch.Tensor]:
     if not native.serves(request.x):
         return reference.redmd_loss(request)
     contiguous = (x.contiguous() if isinstance(x, torch.Tensor) else x for x in request)
-    return _native.redmd_loss(*_flat_loss(ReDMD(*contiguous)))
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return _native.redmd_loss(*_flat_loss(ReDMD._make(contiguous)))
 
 
 # --- the open chunk ---------------------------------------------------------------------------------------------------
@@ -124,12 +121,9 @@ def streaming_attention(request: StreamingAttention) -> tuple[torch.Tensor, torc
     q, scale = request.q, request.scale
     cache, num_frames, _, _, rope, geometry = request.write
     k, v = cache.k, cache.v
-    if native.serves(k) and q.shape[2] == k.shape[2]:
-        ages = num_frames.tolist()
-        if min(ages) == max(ages) >= q.shape[1] // geometry.frame_tokens:
-            return _native.streaming_attention(
-                *_flat_streaming(request._replace(q=_rows(q), write=_readable(request.write)))
-            )
+    if native.serves(k):
+        readable = request._replace(q=unit_rows(q), write=_readable(request.write))
+        return _native.streaming_attention(*_flat_streaming(readable))
     write(request.write)
     frames = open_frames(num_frames, q.shape[1] // geometry.frame_tokens)
     q = rotate(q, frames, rope, dtype=k.dtype)
@@ -184,8 +178,8 @@ def _chunk_parts(k: torch.Tensor, v: torch.Tensor, past: Past, geometry: CacheGe
             rows = slice(group.missing_tokens, None)
             count = max(0, group.valid_frames - frames) * geometry.frame_tokens
             at = group.samples
-            joined = (torch.cat([x[at, rows], old[at, :count]], 1) for x, old in ((k, past.k), (v, past.v)))
-            yield _ChunkPart(at, rows, *joined, None)
+            joined_k, joined_v = (torch.cat([x[at, rows], old[at, :count]], 1) for x, old in ((k, past.k), (v, past.v)))
+            yield _ChunkPart(at, rows, joined_k, joined_v, None)
         return
     visible = None
     if not past.full:

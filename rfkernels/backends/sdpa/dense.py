@@ -50,11 +50,13 @@ def attend(
     return out.contiguous(), lse.contiguous()
 
 
-def _attend_cpu(q, k, v, scale, bias):
+def _attend_cpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """torch's flash kernel for CPUs, which also returns the normaliser and takes any strides."""
     group = q.shape[2] // k.shape[2]
     if group == 1:
-        out, lse = _flash(*(x.transpose(1, 2) for x in (q, k, v)), scale, bias)
+        out, lse = _flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale, bias)
         return out.transpose(1, 2), lse
     # Grouped heads: H_kv stands in for the batch, and the group's queries share its keys through a stride of zero.
     outs, lses = [], []
@@ -68,14 +70,18 @@ def _attend_cpu(q, k, v, scale, bias):
     return torch.stack(outs), torch.stack(lses)
 
 
-def _flash(q, k, v, scale, bias):
+def _flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     if bias is not None:
         bias = bias.expand(*bias.shape[:-2], q.shape[-2], -1)
         bias = bias if bias.dim() == 4 else bias[None]
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
 
 
-def _score_blocks(q: torch.Tensor, k: torch.Tensor, scale: float, visible: torch.Tensor | None) -> Iterator[tuple]:
+def _score_blocks(
+    q: torch.Tensor, k: torch.Tensor, scale: float, visible: torch.Tensor | None
+) -> Iterator[tuple[int, slice, torch.Tensor]]:
     """(sample, queries, scores) blocks with float32 (float64) scores ``[H_kv, G * rows, N_k]``."""
     precision = accumulate_dtype(q.dtype)
     rows = max(1, _SCORES_IN_FLIGHT // max(1, q.shape[2] * k.shape[1]))
@@ -100,7 +106,7 @@ def _from_group(x: torch.Tensor, rows: int) -> torch.Tensor:
     return x.unflatten(1, (-1, rows)).permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def _normaliser(q, k, scale, visible):
+def _normaliser(q: torch.Tensor, k: torch.Tensor, scale: float, visible: torch.Tensor | None) -> torch.Tensor:
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=accumulate_dtype(q.dtype))
     for sample, block, scores in _score_blocks(q, k, scale, visible):
         lse[sample, :, block] = scores.logsumexp(-1).unflatten(1, (-1, block.stop - block.start)).flatten(0, 1)
@@ -132,7 +138,7 @@ def backward(
     for sample, block, scores in _score_blocks(q, k, scale, visible):
         rows = block.stop - block.start
 
-        def part(x, sample=sample, block=block):
+        def part(x: torch.Tensor, sample: int = sample, block: slice = block) -> torch.Tensor:
             return _by_group(x[sample, block].to(precision), kv_heads)
 
         q_, out_, grad_out_ = part(q), part(out), part(grad_out)

@@ -36,7 +36,7 @@ class Condition:
     photo: int
     motion: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         checks.integer("photo", self.photo, 0, len(PHOTOS) - 1)
         checks.integer("motion", self.motion, 0, len(MOTIONS) - 1)
 
@@ -107,7 +107,7 @@ def camera(motion: str, speed: float, start: Sequence[float], frames: int) -> to
 
 def render(photo: int, cameras: torch.Tensor) -> torch.Tensor:
     """``[frames, 3, SIZE, SIZE]`` in -1..1, sampled twice as fine."""
-    grid = F.affine_grid(cameras, (len(cameras), 3, 2 * SIZE, 2 * SIZE), align_corners=False).float()
+    grid = F.affine_grid(cameras, [len(cameras), 3, 2 * SIZE, 2 * SIZE], align_corners=False).float()
     world = photograph(photo).expand(len(cameras), -1, -1, -1)
     return F.avg_pool2d(F.grid_sample(world, grid, padding_mode="reflection", align_corners=False), 2)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from . import streams
+from . import clips, streams
 from .presets import TrainPreset
 
 METRICS = ("motion", "flicker", "drift", "sharpness", "fidelity")
@@ -40,7 +40,9 @@ def evaluate(preset: TrainPreset, folder: Path, report: Callable[[str], None] = 
     (folder / "evaluation.md").write_text(table(named))
 
 
-def _measured(frames: torch.Tensor, conditions, lengths: list[int]) -> dict[str, dict[str, list[float]]]:
+def _measured(
+    frames: torch.Tensor, conditions: Sequence[clips.Condition], lengths: list[int]
+) -> dict[str, dict[str, list[float]]]:
     found = {}
     for length in lengths:
         values = streams.measure(frames[:, :length], conditions, max(2, min(length // 4, 24)))

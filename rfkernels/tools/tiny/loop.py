@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,8 @@ def commit() -> str:
 @contextlib.contextmanager
 def bfloat16_products() -> Iterator[None]:
     """Products of bfloat16, added up in float32, where the CPU has them: faster, and as good for training."""
-    matmul = torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn  # which gets its attributes at run time
+    matmul = mkldnn.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
         yield
@@ -47,7 +49,7 @@ class Log:
             lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] < step]
             self.path.write_text("".join(line + "\n" for line in lines))
 
-    def write(self, **entry) -> None:
+    def write(self, **entry: float) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 

@@ -73,13 +73,13 @@ def displacement(frames: torch.Tensor) -> torch.Tensor:
     side, step = frames.shape[-1] * 3 // 4, frames.shape[-1] // 4
     window = torch.hann_window(side, periodic=False)
     corners = grey(frames.float()).unfold(2, side, step).unfold(3, side, step).flatten(2, 3)
-    corners = ((corners - corners.mean((-1, -2), keepdim=True)) * window * window[:, None]).numpy()
-    moved = np.zeros((*frames.shape[:1], frames.shape[1] - 1, corners.shape[2]))
-    flat = corners.std((-1, -2)) < 1 / 255  # nothing to register, e.g. a picture that has gone black: no motion
+    seen = ((corners - corners.mean((-1, -2), keepdim=True)) * window * window[:, None]).numpy()
+    moved = np.zeros((*frames.shape[:1], frames.shape[1] - 1, seen.shape[2]))
+    flat = seen.std((-1, -2)) < 1 / 255  # nothing to register, e.g. a picture that has gone black: no motion
     for b, f, i in np.ndindex(moved.shape):
         if flat[b, f, i] or flat[b, f + 1, i]:
             continue
-        shift, *_ = phase_cross_correlation(corners[b, f, i], corners[b, f + 1, i], upsample_factor=10)
+        shift, *_ = phase_cross_correlation(seen[b, f, i], seen[b, f + 1, i], upsample_factor=10)
         moved[b, f, i] = np.hypot(*shift)
     return torch.from_numpy(np.median(moved, -1))
 

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -60,7 +61,7 @@ def descend(
     return norm.item()
 
 
-def teacher(preset: TrainPreset, folder: Path, **options) -> float | None:
+def teacher(preset: TrainPreset, folder: Path, **options: Any) -> float | None:
     """A bidirectional model of whole clips by flow matching; some clips without their condition, for guidance."""
     model = new_model(preset)
     optimise = optimiser(model)
@@ -112,7 +113,7 @@ def trajectories(preset: TrainPreset, folder: Path, report: Callable[[str], None
     return time.perf_counter() - begin
 
 
-def ode(preset: TrainPreset, folder: Path, **options) -> float | None:
+def ode(preset: TrainPreset, folder: Path, **options: Any) -> float | None:
     """A causal student that learns where the teacher's trajectories end; noisy chunks see the clean past."""
     held = [load_file(path) for path in sorted((folder / "trajectories").glob("*.safetensors"))]
     states, pairs = (torch.cat([h[name] for h in held]) for name in ("states", "conditions"))
@@ -137,7 +138,7 @@ def ode(preset: TrainPreset, folder: Path, **options) -> float | None:
     return seconds
 
 
-def student(preset: TrainPreset, folder: Path, name: str, beta: float, **options) -> float | None:
+def student(preset: TrainPreset, folder: Path, name: str, beta: float, **options: Any) -> float | None:
     """A student by Re-DMD, or by DMD where ``beta`` is 0: from the ODE student, the critic from the teacher."""
     config = ReDMDConfig(
         num_frames=preset.student_frames, height=clips.SIZE, width=clips.SIZE, steps=preset.steps, shift=preset.shift,

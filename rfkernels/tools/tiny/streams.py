@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ def load(folder: Path | None = None, device: torch.device | str = "cpu") -> Caus
     return from_pretrained(folder or shipped(), dtype=torch.float32).to(device).eval()
 
 
-def sampler(model: CausalWan, streams: int, sink: Sink, **options) -> StreamingSampler:
+def sampler(model: CausalWan, streams: int, sink: Sink, **options: Any) -> StreamingSampler:
     """A sampler as the student was trained, with another sink."""
     tiny = PRESETS["tiny"]
     return StreamingSampler(

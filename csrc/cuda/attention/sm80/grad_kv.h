@@ -73,7 +73,8 @@ __device__ __forceinline__ void attention_grad_kv(const BackwardParams& params) 
   const int first_key = blockIdx.x % blocks * Config::kOwn, last_key = min(first_key + Config::kOwn, count) - 1;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % Config::kParts;
   const int warp_row = warp / Config::kParts * 16 * Config::kRowBlocks, key = first_key + warp_row + lane / 4;
-  const StreamRows stream(p, sample);
+  StreamRows stream;
+  if (!window) stream.find_open(p, int(p.num_frames[sample]));
 
   const Rows& rk = window ? p.k : p.own_k;
   const Rows& rv = window ? p.v : p.own_v;
