@@ -228,7 +228,7 @@ def count_triton(case: Stream) -> tuple[Counts, Counter]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from rfkernels.triton import tiles
+    from rfkernels.backends.triton import tiles
 
     launches: Counter = Counter()
 

@@ -1,4 +1,4 @@
-"""The cache's kernels: begin_chunk for all layers in one launch, write for one layer in one launch."""
+"""begin_chunk for all layers in one launch, write for one layer: docs/semantics.md, "Rotate once, when written"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Re-DMD in two passes over memory: the normaliser, then loss and gradient; sums in a fixed order."""
+"""Re-DMD (docs/semantics.md) in two passes over memory: the normaliser, then loss and gradient. Sums keep an order."""
 
 from __future__ import annotations
 
