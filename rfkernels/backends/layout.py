@@ -12,21 +12,22 @@ def unit_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def near_rows(x: torch.Tensor) -> torch.Tensor:
-    """``x [B, N, H, D]`` with a last stride of one and tokens that are not too far apart for a tile's offsets."""
+def addressable(x: torch.Tensor) -> torch.Tensor:
+    """``x [B, N, H, D]`` with a last stride of one and tokens that are not too far apart for a tile's offsets.
+
+    Sample and head offsets, and those from tile to tile, have 64 bits.
+    """
     return x if x.stride(-1) == 1 and x.stride(1) < FARTHEST_TOKENS else _copy(x)
 
 
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:
-    """`near_rows` that begin at multiples of 16 bytes."""
+    """`addressable`, with rows that begin at multiples of 16 bytes."""
     item = x.element_size()
     whole = all(
         size <= 1 or stride * item % 16 == 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
     )
-    return near_rows(x) if whole and x.storage_offset() * item % 16 == 0 else _copy(x)
+    return addressable(x) if whole and x.storage_offset() * item % 16 == 0 else _copy(x)
 
 
 def _copy(x: torch.Tensor) -> torch.Tensor:
-    return x.clone(
-        memory_format=torch.contiguous_format
-    )  # contiguous() would return x itself, where sizes of 1 hide it
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() gives x itself where sizes of 1 hide strides

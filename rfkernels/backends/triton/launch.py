@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ...contract.geometry import WindowMask
 from ...contract.requests import RopeTables
+from ..layout import addressable as addressable  # for the modules that launch
 from .structs import KeyValues, Mask, Rope, Strided
 
 FUSION = {"enable_fp_fusion": True}  # multiply-adds contract: Triton's default, written down
@@ -37,17 +38,6 @@ def rope_of(rope: RopeTables | None) -> Rope | None:
 
 def mask_of(mask: WindowMask | None) -> Mask | None:
     return None if mask is None else Mask(*mask[:4], tl.constexpr(mask.own_chunk))
-
-
-_FARTHEST_TOKENS = 2**24  # elements from token to token: a tile of 128 then stays within 2**31, its 32-bit offsets
-
-
-def addressable(x: torch.Tensor) -> torch.Tensor:
-    """``x [B, N, H, D]``, copied where the last stride is not one or tokens lie too far apart for a tile's offsets.
-
-    Kernels take any other stride; sample and head offsets, and those from tile to tile, have 64 bits.
-    """
-    return x if x.stride(-1) == 1 and x.stride(1) < _FARTHEST_TOKENS else x.contiguous()
 
 
 def padded(head_dim: int) -> int:

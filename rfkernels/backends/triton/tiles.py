@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ..plan import key_shares
 from .launch import padded
 
 _INTERPRETER_PROCESSORS = 8  # so that small tests both split and do not
@@ -108,17 +109,7 @@ def backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str,
 
 
 def splits(programs: int, keys: int, tile: TileSize, processors: int) -> int:
-    """How many programs share the keys of one query tile, where query tiles fill less than two waves of processors.
-
-    Computed, not measured, in units of one tile of keys on one processor (which holds one program): shares run in
-    waves; a merge's launch takes about two units; to write and read a partial result takes about 1.5, spread over all
-    processors (128 rows of float32 against 128 x 128 scores, at an A100's rates). Each share has two tiles or more.
-    """
-
-    def time(count: int) -> float:
-        sweep = triton.cdiv(programs * count, processors) * keys / tile.keys / count
-        return sweep if count == 1 else sweep + 2 + 1.5 * count * programs / processors
-
-    if programs >= 2 * processors:
-        return 1
-    return min(range(1, max(1, min(keys // (2 * tile.keys), 16)) + 1), key=time)
+    """How many programs share the keys of one query tile: `plan.key_shares`, of one program a processor."""
+    if triton.knobs.runtime.interpret:  # its tiles are small, so that small shapes are shared too
+        return key_shares(programs, keys * 128 // tile.keys, 128, processors, 1)
+    return key_shares(programs, keys, tile.keys, processors, 1)
