@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,8 +42,7 @@ def _cuda() -> tuple[str | None, str, str, tuple[int, ...]]:
     """Why there are no CUDA kernels (None: there are), and the CUDA, architectures and head sizes of their build."""
     if missing is not None:
         return missing, "", "", ()
-    from . import _C
-
+    _C: Any = importlib.import_module(f"{__package__}._C")
     reason = None if _C.cuda else f"built without CUDA kernels: {_C.cuda_reason}"
     head_dims = tuple(int(d) for d in filter(None, _C.cuda_head_dims.split(", ")))
     return reason, _C.cuda, _C.cuda_architectures, head_dims

@@ -95,4 +95,4 @@ def streaming_attention(request: StreamingAttention) -> tuple[torch.Tensor, torc
 
 def redmd_loss(request: ReDMD) -> tuple[torch.Tensor, torch.Tensor]:
     contiguous = (x.contiguous() if isinstance(x, torch.Tensor) else x for x in request)
-    return compiled.redmd_loss(ReDMD(*contiguous))
+    return compiled.redmd_loss(ReDMD._make(contiguous))
