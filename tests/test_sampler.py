@@ -337,3 +337,33 @@ def test_memory_is_constant(device):
 @pytest.mark.slow
 def test_memory_is_constant_over_2000_frames(device):
     check_long_stream(device, 1000)
+
+
+@pytest.mark.parametrize("how", ["reset", "again", "next chunk", "in place"])
+def test_a_prompt_is_encoded_by_the_weights_in_force(how, device):
+    """After an optimiser step, a load, or a change of the prompt itself: as a fresh sampler would."""
+    model = small(device)
+    sampler, context = make(model), prompt(model)
+    list(sampler.stream(context, 2, seed=0))
+    with torch.no_grad():
+        if how == "in place":
+            context.mul_(1.5)
+        else:
+            for p in model.parameters():
+                p.mul_(1.2)
+    fresh = make(model)
+    if how in ("reset", "in place"):
+        sampler.reset()
+        assert torch.equal(frames(sampler, context, 4, seed=0), frames(fresh, context, 4, seed=0))
+        return
+    fresh.restore(sampler.snapshot())
+    following = sampler.step(context) if how == "again" else sampler.step()
+    assert torch.equal(following, fresh.step(context.clone()))
+
+
+def test_video_that_goes_on_is_cut_as_the_stream_is(device):
+    sampler, seen = make(small(device), first_chunk_frames=1, chunk_frames=3), []
+    begin = sampler.cache.begin_chunk
+    sampler.cache.begin_chunk = lambda frames, *a, **k: (seen.append(frames), begin(frames, *a, **k))[1]
+    sampler.extend(torch.randn(1, 7, *sampler.shape, device=device), prompt(sampler.model))
+    assert seen == [1, 3, 3]

@@ -8,6 +8,7 @@ pass, which may run in another thread and outside the context manager, uses the 
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,6 +131,8 @@ def choose(
     Raises:
         ValueError: an unknown name; UnservedError, a ValueError: a named backend that does not serve the call.
     """
+    if head_dim is not None:
+        head_dim = operator.index(head_dim)  # a symbol in a trace with dynamic shapes: kernels are made for one size
     return _choose(operation, device, dtype, head_dim, backend or getattr(_named, "backend", None))
 
 
