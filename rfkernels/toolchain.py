@@ -8,7 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-OLDEST_TORCH = (2, 13)  # the compiled part asks for its stable ABI, which every later one has
+OLDEST_TORCH = (2, 10)  # the compiled part asks for its stable ABI, which every later one has
 
 
 def oldest_torch() -> str:

@@ -46,7 +46,7 @@ def test_nvcc_comes_from_cuda_home_then_path_then_pip(setup_py, monkeypatch, tmp
 
 @pytest.mark.parametrize(
     "version, reason",
-    [(None, "torch is not installed"), ("2.9.1+cu128", "torch 2.9.1.cu128 is older than 2.13"), ("2.13.0", None)],
+    [(None, "torch is not installed"), ("2.9.1+cu128", "torch 2.9.1.cu128 is older than 2.10"), ("2.10.0", None)],
 )
 def test_says_why_it_cannot_compile(setup_py, monkeypatch, tmp_path, version, reason):
     if version:

@@ -300,7 +300,7 @@ def test_no_host_read_below_the_op_boundary(name, device_path, device):
 
 
 @pytest.mark.skipif(
-    torch.version.cuda is None or native.torch_version() < native.OLDEST_TORCH,
+    torch.version.cuda is None or native.torch_version() < (2, 13),
     reason="fake CUDA tensors without a driver need a torch >= 2.13 built with CUDA",
 )
 @pytest.mark.parametrize("name", [n for n in rf.available_backends() if n != "triton"])  # which launches on addresses

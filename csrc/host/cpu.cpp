@@ -8,6 +8,7 @@
 
 #include "../cpu/kernels.h"
 #include "arguments.h"
+#include "shim.h"
 
 namespace rfkernels {
 namespace {
@@ -46,15 +47,14 @@ std::pair<Tensor, Tensor> flash(const Tensor& q, const Tensor& k, const Tensor& 
   using torch::stable::detail::from;
   std::array<StableIValue, 7> stack{
       from(q), from(k), from(v), from(0.0), from(false), from(OptionalTensor()), from(std::optional<double>(scale))};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::_scaled_dot_product_flash_attention_for_cpu", "", stack.data(), TORCH_ABI_VERSION));
+  call_operator("aten::_scaled_dot_product_flash_attention_for_cpu", stack);
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
 Tensor as_strided(const Tensor& x, std::vector<int64_t> sizes, std::vector<int64_t> strides) {
   using torch::stable::detail::from;
   std::array<StableIValue, 4> stack{from(x), from(sizes), from(strides), from(std::optional<int64_t>())};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::as_strided", "", stack.data(), TORCH_ABI_VERSION));
+  call_operator("aten::as_strided", stack);
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -40,6 +40,16 @@ def launch(runtime, *, device=0, x=4, y=1, shared=0, parameter=5, failing="") ->
     return runtime.launch_it(device, x, y, shared, parameter, failing.encode()).decode()
 
 
+def test_a_torch_without_cuda_is_named(runtime):
+    """First, before the stream is known; the next launch asks again."""
+    runtime.without_cuda(True)
+    try:
+        assert launch(runtime) == "error: libtorch_cuda.so is not loaded: this torch has no CUDA\n"
+    finally:
+        runtime.without_cuda(False)
+    assert "on stream 1000" in launch(runtime)
+
+
 @pytest.mark.parametrize("device", [0, 3])
 def test_a_launch_is_on_the_current_stream_of_the_tensors_device(runtime, device):
     """Under a guard for that device, and nothing else is called: nothing waits, nothing is copied."""

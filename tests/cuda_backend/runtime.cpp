@@ -9,6 +9,8 @@
 #include <cstring>
 #include <string>
 
+#include "host/shim.h"
+
 namespace rfkernels::cuda {
 
 using torch::stable::Tensor;
@@ -49,8 +51,7 @@ void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, cons
                                     from(bytes),
                                     from(tensors),
                                     from(results)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("rfkernels_emulated::launch", "", stack.data(), TORCH_ABI_VERSION));
+  call_operator("rfkernels_emulated::launch", stack);
 }
 
 }  // namespace rfkernels::cuda

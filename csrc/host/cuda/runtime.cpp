@@ -2,6 +2,7 @@
 #include "runtime.h"
 
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 
 #include <climits>
 
@@ -10,10 +11,25 @@ namespace {
 
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
-using torch::stable::accelerator::getCurrentStream;
 
 void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
+// torch's current stream. Its C shim is looked up where torch with CUDA is loaded: the library is not linked to it, and
+// the stable headers lead from a stream to its handle from 2.13 on only.
+cudaStream_t current_stream(int device) {
+  using Find = int32_t (*)(int32_t device, void** stream);
+  static const Find find = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    STD_TORCH_CHECK(torch_cuda != nullptr, "libtorch_cuda.so is not loaded: this torch has no CUDA");
+    void* found = dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream");
+    STD_TORCH_CHECK(found != nullptr, "libtorch_cuda.so has no aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<Find>(found);
+  }();
+  void* stream = nullptr;
+  STD_TORCH_CHECK(find(device, &stream) == 0, "torch does not tell its current stream on device ", device);
+  return static_cast<cudaStream_t>(stream);
 }
 
 int attribute(const Tensor& x, cudaDeviceAttr which, const char* what) {
@@ -46,7 +62,7 @@ void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, cons
                   grid.y);
   const int device = tensors.front().get_device_index();
   const DeviceGuard guard(device);
-  const auto stream = static_cast<cudaStream_t>(getCurrentStream(device).nativeHandle());
+  const cudaStream_t stream = current_stream(device);
   if (shared_bytes > 48 * 1024)  // more than every kernel may have
     check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
           kernel.name);

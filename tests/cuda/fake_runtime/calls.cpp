@@ -1,5 +1,6 @@
 // runtime.h for ctypes. A call returns what it did, line by line, or "error: " and the text that was thrown.
 #include "cuda_runtime_api.h"
+#include "dlfcn.h"
 #include "host/cuda/runtime.h"
 
 using namespace rfkernels::cuda;
@@ -26,6 +27,8 @@ const char* launch_it(int device, int64_t x, int64_t y, int shared_bytes, int pa
     launch(kernel, {x, y}, 128, shared_bytes, parameter, {torch::stable::Tensor{device}});
   });
 }
+
+void without_cuda(bool yes) { fake::no_cuda = yes; }
 
 const char* ask(int device, const char* failing) {
   return record(failing, [&] {

@@ -40,12 +40,5 @@ struct DeviceGuard {
   ~DeviceGuard() { fake::note("guard ends"); }
 };
 
-struct Stream {
-  int32_t device;
-  void* nativeHandle() const { return reinterpret_cast<void*>(intptr_t(1000 + device)); }
-};
-
-inline Stream getCurrentStream(int32_t device) { return {device}; }
-
 }  // namespace accelerator
 }  // namespace torch::stable
