@@ -49,7 +49,7 @@ class BelowOps(TorchDispatchMode):
             return func(*args, **kwargs)
         with self:
             if func.namespace == "rfkernels":
-                return getattr(ops, "_" + func._schema.name.split("::")[1])(*args, **kwargs)
+                return ops.BODIES[func._schema.name.split("::")[1]](*args, **kwargs)
             # Below autograd composite operators arrive whole; kernels are what they are made of.
             result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:

@@ -88,7 +88,7 @@ NATIVE = {name: OPERATIONS[name] for name in ("begin_chunk", "write", "redmd_los
 }
 _DIFFERENTIABLE = {"chunk_attention": ChunkGradients, "sink_window_attention": WindowGradients}
 
-Namespace = Any  # torch.ops.<name>: what it holds is defined at run time
+BODIES: dict[str, Callable[..., Any]] = {}  # of the public ops, which a dispatch mode does not look into
 
 
 def define_native(namespace: str, operations: dict[str, Operation]) -> torch.library.Library:
@@ -148,8 +148,8 @@ def _define_public(library: torch.library.Library) -> None:
         names = "str backend, str backward_backend" if name in _DIFFERENTIABLE else "str backend"
         schema = f"{name}({arguments(operation.request, symbolic=True)}, {names}) -> {operation.returns}"
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        body = (_streaming_body if name == "streaming_attention" else _body)(name, operation)
-        library.impl(name, body, "CompositeExplicitAutograd")
+        BODIES[name] = (_streaming_body if name == "streaming_attention" else _body)(name, operation)
+        library.impl(name, BODIES[name], "CompositeExplicitAutograd")
         torch.library.register_fake(f"rfkernels::{name}", _fake(operation), lib=library)
     from ..backends import reference
 
