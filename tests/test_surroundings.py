@@ -357,3 +357,37 @@ def test_a_cache_without_an_index_is_named():
 def test_the_published_preset_in_other_dtypes(dtype):
     options = dict(num_layers=1, dim=32, num_heads=2, latent_height=4, latent_width=4)
     assert rf.EMASinkCache.from_wan_config(**options, dtype=dtype).sink_dtype == dtype
+
+
+# --- what torch may change --------------------------------------------------------------------------------------------
+
+
+def test_attention_goes_on_without_torchs_private_kernel(monkeypatch):
+    """The compiled pass and the Python path call a private operator of torch: where it is another, the public one."""
+    from rfkernels.backends.sdpa import dense
+
+    assert dense.has_flash()
+    monkeypatch.setattr(dense, "_FLASH_SCHEMA", "aten::of another torch")
+    dense.has_flash.cache_clear()
+    try:
+        assert not dense.has_flash()
+        results = []
+        for name in TORCH_BACKENDS:
+            cache = make(batch_size=2)
+            cache.begin_chunk(2, samples=[1])
+            with rf.use_backend(name), torch.profiler.profile() as profile:
+                for seed in range(4):
+                    cache.begin_chunk(2)
+                    q, k, v = (torch.cat([x, 2 * x]) for x in qkv(seed=seed))
+                    out, lse = rf.streaming_attention(q.repeat(1, 1, 2, 1), k, v, cache[0], return_lse=True)
+                inputs = [x.requires_grad_() for x in (q, k, v)]
+                pure = rf.chunk_attention(*inputs, cache[0].context(), return_lse=True)
+                grads = torch.autograd.grad(pure[0].sum() + pure[1].sum(), inputs)
+                window = rf.sink_window_attention(*inputs, sink_tokens=1, window_tokens=3, return_lse=True)
+            results.append([out, lse, *pure, *grads, *window])
+            called = {event.name for event in profile.events()}
+            assert "rfkernels_native::streaming_attention" not in called
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    finally:
+        dense.has_flash.cache_clear()

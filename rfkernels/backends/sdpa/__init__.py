@@ -121,7 +121,7 @@ def streaming_attention(request: StreamingAttention) -> tuple[torch.Tensor, torc
     q, scale = request.q, request.scale
     cache, num_frames, _, _, rope, geometry = request.write
     k, v = cache.k, cache.v
-    if native.serves(k):
+    if native.serves(k) and dense.has_flash():
         readable = request._replace(q=unit_rows(q), write=_readable(request.write))
         return _native.streaming_attention(*_flat_streaming(readable))
     write(request.write)

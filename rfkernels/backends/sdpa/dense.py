@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -9,12 +10,28 @@ import torch.nn.functional as F
 
 from ...contract.requests import accumulate_dtype
 
+_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+_FLASH_SCHEMA = (
+    f"aten::{_FLASH}(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, *, "
+    "Tensor? attn_mask=None, float? scale=None) -> (Tensor output, Tensor logsumexp)"
+)
 _SCORES_IN_FLIGHT = 1 << 23  # float32 scores that a backward block may hold: 32 MB
 
 
 def on_cpu(x: torch.Tensor) -> bool:
     """On the CPU reading a length is no synchronisation, and torch's flash kernel for CPUs is there."""
     return x.device.type == "cpu"
+
+
+@functools.cache
+def has_flash() -> bool:
+    """Whether torch's flash kernel for CPUs is the one that is called here and in csrc/host/cpu.cpp.
+
+    It is torch's own and may change or go. Then attention goes the way of other devices, by the public function, and
+    the normaliser costs a second product.
+    """
+    op = getattr(torch.ops.aten, _FLASH, None)
+    return op is not None and str(op.default._schema) == _FLASH_SCHEMA
 
 
 def attend(
@@ -35,7 +52,7 @@ def attend(
     bias = None
     if visible is not None:
         bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)[:, None]
-    if on_cpu(q):
+    if on_cpu(q) and has_flash():
         out, lse = _attend_cpu(q, k, v, scale, bias)
     else:
         q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
