@@ -1,4 +1,4 @@
-"""The attention backward executed on the PTX emulator, all checkers on, against gradients of reference.py."""
+"""The attention backward executed on the PTX emulator, all checkers on, against gradients of the reference backend."""
 
 import budget
 import pytest

@@ -1,4 +1,4 @@
-"""The attention forward executed on the PTX emulator, all checkers on, against reference.py."""
+"""The attention forward executed on the PTX emulator, all checkers on, against the reference backend."""
 
 import itertools
 
