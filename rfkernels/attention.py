@@ -231,20 +231,25 @@ def dense_attention(
     checks.shape("k", k, batch=batch, tokens=None, heads=None, head_dim=head_dim)
     keys, kv_heads = k.shape[1:3]
     checks.heads(q, kv_heads)
-    whole = {"sink_tokens": 0, "window_tokens": None, "chunk_tokens": max(1, keys)}
-    options = {"scale": scale, "return_lse": True, "backend": backend}
+
+    def attend(queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return sink_window_attention(
+            queries, k, v, sink_tokens=0, window_tokens=None, chunk_tokens=max(1, keys), scale=scale, return_lse=True,
+            backend=backend,
+        )  # fmt: skip
+
     if queries <= keys or keys == 0:
         if keys == 0:
             out = q.new_zeros(q.shape, dtype=v.dtype)
             lse = q.new_full((batch, heads, queries), -torch.inf, dtype=accumulate_dtype(v.dtype))
         else:
-            out, lse = sink_window_attention(q, k, v, **whole, **options)
+            out, lse = attend(q)
         return (out, lse) if return_lse else out
     # More queries than keys: the surplus as further heads of each group, which see the same keys.
     fold = -(-queries // keys)
     padded = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, fold * keys - queries))
     folded = padded.unflatten(1, (fold, keys)).unflatten(3, (kv_heads, -1))  # [B, fold, N_k, H_kv, G, D]
-    out, lse = sink_window_attention(folded.permute(0, 2, 3, 1, 4, 5).flatten(2, 4), k, v, **whole, **options)
+    out, lse = attend(folded.permute(0, 2, 3, 1, 4, 5).flatten(2, 4))
     out = out.unflatten(2, (kv_heads, fold, -1)).permute(0, 3, 1, 2, 4, 5).flatten(3, 4).flatten(1, 2)[:, :queries]
     lse = lse.unflatten(1, (kv_heads, fold, -1)).permute(0, 1, 3, 2, 4).flatten(3, 4).flatten(1, 2)[..., :queries]
     return (out, lse) if return_lse else out

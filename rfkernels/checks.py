@@ -65,7 +65,8 @@ def heads(q: torch.Tensor, kv_heads: int) -> None:
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """``value`` is an integer in ``low..high`` (or the symbol of one, in a trace with dynamic shapes)."""
     if isinstance(value, torch.SymInt):
-        return value
+        symbol: Any = value
+        return symbol
     if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < low or (high is not None and value > high):
