@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from .config import CausalWanConfig
 from .wan import CausalWan
+from .wrappers import full, is_sharded, own_keys, plain_name, plain_state, sharded_like, unwrapped
 
 # diffusers' names, and ours. Its norm2 is Wan's norm3, which is the only norm of a block that has weights.
 _FROM_DIFFUSERS = (
@@ -55,7 +56,8 @@ def load_checkpoint(
             listed; or a file without weights. The model is unchanged then.
     """
     state = read_checkpoint(path, weights)
-    own = model.state_dict()
+    keys, held = own_keys(model), model.state_dict()
+    own = {name: held[key] for name, key in keys.items()}
     shapes = [
         f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model"
         for name in own
@@ -67,7 +69,7 @@ def load_checkpoint(
         "of another shape": shapes,
     }
     if any(problems.values()):
-        lines = [f"{path} does not fit this model ({model.config})"]
+        lines = [f"{path} does not fit this model ({getattr(model, 'config', type(model).__name__)})"]
         for kind, names in problems.items():
             if names:
                 rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -75,17 +77,33 @@ def load_checkpoint(
         raise ValueError("\n  ".join(lines))
     if not assign and any(p.is_meta for p in own.values()):
         raise ValueError("assign must be True for a model on the meta device: it has no memory to copy into")
-    model.load_state_dict(state, assign=assign)
+    given = {keys[name]: sharded_like(x, own[name]) if is_sharded(own[name]) else x for name, x in state.items()}
+    # What is missing now can only be adapters, which stay as they are.
+    model.load_state_dict(given, strict=False, assign=assign)
     return model
 
 
 def save_checkpoint(model: CausalWan, folder: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
     """Writes ``config.json`` and ``diffusion_pytorch_model.safetensors``, Wan's own layout and names, in ``folder``.
 
+    The weights are the plain model's, also of a compiled or wrapped one; LoRA adapters are merged in the file. Of a
+    sharded model every rank calls this, and rank 0 writes.
+
     dtype: of the written weights, default the model's.
+
+    Raises:
+        ValueError: weights that are elsewhere (on the meta device); adapters that cannot be merged.
     """
-    state = {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in model.state_dict().items()}
-    save_weights(state, model.config, folder)
+    held = model.state_dict()
+    away = [name for name, x in held.items() if x.is_meta]
+    if away:
+        raise ValueError(f"model must hold its weights, got {away[0]} on the meta device: take offloading off first")
+    sharded = any(is_sharded(x) for x in held.values())
+    state = plain_state(model, {plain_name(name): full(x.detach()) for name, x in held.items()})
+    if sharded and torch.distributed.get_rank() != 0:
+        return
+    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
+    save_weights(state, unwrapped("model", model).config, folder)
 
 
 def save_weights(state: dict[str, torch.Tensor], config: CausalWanConfig, folder: str | os.PathLike) -> None:
@@ -157,11 +175,19 @@ def read_checkpoint(path: str | os.PathLike, weights: str | None = None) -> dict
         state = load_file(path)
     else:
         state = _unwrap(torch.load(path, map_location="cpu", weights_only=True, mmap=True), weights, path)
-    state = {re.sub(r"^(model\.|module\.|_fsdp_wrapped_module\.|_orig_mod\.)+", "", k): t for k, t in state.items()}
+    state = {_own_name(key): tensor for key, tensor in state.items()}
     if any(name.startswith("condition_embedder.") for name in state):
         for pattern, name in _FROM_DIFFUSERS:
             state = {re.sub(pattern, name, key): tensor for key, tensor in state.items()}
     return state
+
+
+def _own_name(key: str) -> str:
+    """A key without the names of wrappers, and without the "model." that trainers' own modules put before it."""
+    name = plain_name(key)
+    while name.startswith("model."):
+        name = name.removeprefix("model.")
+    return name
 
 
 def _weights_folder(folder: Path) -> Path:
