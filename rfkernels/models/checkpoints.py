@@ -32,6 +32,13 @@ _FROM_DIFFUSERS = (
     (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
     (r"\.ffn\.net\.2\.", ".ffn.2."),
 )
+_TEXT_TO_VIDEO = ("t2v", "ti2v")
+# What a config has where there is another input than text: in Wan's names, diffusers', DiffSynth's and VideoX-Fun's.
+_CONDITIONED = (
+    "image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "has_image_input", "has_image_pos_emb", "has_ref_conv",
+    "add_ref_conv", "add_control_adapter", "vace_layers", "vace_in_channels", "audio_dim", "motion_encoder_dim",
+)  # fmt: skip
+_CHANNELS = (("in_dim", "in_channels"), ("out_dim", "out_channels"))
 _SHOWN = 12  # names of each kind that an error spells out
 
 
@@ -151,8 +158,7 @@ def read_config(folder: str | os.PathLike) -> CausalWanConfig:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} must hold the transformer's config.json")
     given = json.loads(file.read_text())
-    if given.get("image_dim") or given.get("added_kv_proj_dim") or given.get("model_type", "t2v") != "t2v":
-        raise ValueError(f"{file} must describe a text-to-video Wan transformer, got an image-conditioned one")
+    _check_architecture(given, file)
     names = {"in_dim": "in_channels", "out_dim": "out_channels", "num_attention_heads": "num_heads"}
     sizes = {names.get(key, key): value for key, value in given.items()}
     if "attention_head_dim" in sizes:
@@ -162,6 +168,30 @@ def read_config(folder: str | os.PathLike) -> CausalWanConfig:
     sizes["qk_norm"] = bool(sizes.get("qk_norm", True))
     fields = CausalWanConfig.__dataclass_fields__
     return CausalWanConfig(**{key: value for key, value in sizes.items() if key in fields})
+
+
+def _check_architecture(given: dict[str, Any], file: Path) -> None:
+    """Raises unless a config.json is of the text-to-video transformer (which Wan 2.2's "ti2v" is too): the others take
+    more inputs, or have parts that this one lacks, and would be read in part without a word."""
+    kind, name = given.get("model_type", "t2v"), str(given.get("_class_name", ""))
+    found = [f"{key}={given[key]!r}" for key in _CONDITIONED if given.get(key)]
+    if kind not in _TEXT_TO_VIDEO:
+        found.insert(0, f"model_type={kind!r}")
+    elif any(word in name.lower() for word in ("vace", "animate", "s2v", "i2v")):
+        found.insert(0, f"_class_name={name!r}")
+    channels = [next((given[key] for key in keys if key in given), 16) for keys in _CHANNELS]
+    if channels[0] != channels[1]:
+        found.append(f"{channels[0]} input channels for {channels[1]} output channels")
+    if found:
+        raise ValueError(
+            f"{file} must describe a text-to-video Wan transformer, got one that is also conditioned on images or "
+            f"other inputs: {', '.join(found)}"
+        )
+    norm, window = given.get("qk_norm", True), given.get("window_size", (-1, -1))
+    if norm not in (True, False, None, "rms_norm_across_heads"):
+        raise ValueError(f"{file} must have the qk_norm of Wan, 'rms_norm_across_heads' or none, got {norm!r}")
+    if list(window) != [-1, -1]:
+        raise ValueError(f"{file} must have window_size [-1, -1]: the window is the cache's here, got {window}")
 
 
 def read_checkpoint(path: str | os.PathLike, weights: str | None = None) -> dict[str, torch.Tensor]:

@@ -35,7 +35,9 @@ def unwrapped(name: str, model: Any) -> Any:
     while not hasattr(inner, "config"):
         held = [inner._modules[w] for w in _WRAPPERS if w in inner._modules] if isinstance(inner, nn.Module) else []
         if not held:
-            raise TypeError(f"{name} must be a CausalWan, or one within torch.compile or DDP, got {type(model).__name__}")
+            raise TypeError(
+                f"{name} must be a CausalWan, or one within torch.compile or DDP, got {type(model).__name__}"
+            )
         inner = held[0]
     return inner
 

@@ -8,6 +8,7 @@ compiled student goes on without compilation, and the other way round.
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -77,10 +78,10 @@ def _write(trainer: ReDMDTrainer, folder: Path, weights: dict[str, Tensors], sta
         own = plain_state(model, tensors)
         save_weights(own, model.config, partial / name)
         state["adapters"][name] = {key: x for key, x in tensors.items() if own.get(key) is not x}
-    torch.save(state, partial / "trainer.pt")
     try:
+        torch.save(state, partial / "trainer.pt")
         torch.load(partial / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
+    except (pickle.PickleError, AttributeError, TypeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(f"extra must be plain values and tensors, which load with weights_only: {error}") from error
     shutil.rmtree(old, ignore_errors=True)
@@ -182,7 +183,9 @@ def _read(trainer: ReDMDTrainer, folder: Path, adapters: dict[str, Tensors]) -> 
 
 
 def _check_trained(trainer: ReDMDTrainer, folder: Path, optimizers: list[dict | None]) -> None:
-    for name, own, saved in zip(("student", "critic"), (trainer.weights, trainer.critic_weights), optimizers, strict=True):
+    for name, own, saved in zip(
+        ("student", "critic"), (trainer.weights, trainer.critic_weights), optimizers, strict=True
+    ):
         held = set(own) if saved is None else {key for group in saved["param_groups"] for key in group["params"]}
         other = sorted(held.symmetric_difference(own))
         if other:
