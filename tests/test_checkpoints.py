@@ -211,8 +211,8 @@ def test_sharded_models_save_and_load_plain_weights(tmp_path):
 
 
 def test_offloaded_weights_are_not_saved(tmp_path):
-    with torch.device("meta"), pytest.raises(ValueError, match="model must hold its weights.*offloading"):
-        save_checkpoint(CausalWan(small(CPU).config), tmp_path)
+    with pytest.raises(ValueError, match=r"model must hold its weights.*offloading"):
+        save_checkpoint(small(CPU).to("meta"), tmp_path)
 
 
 TI2V = dict(_class_name="WanModel", dim=3072, eps=1e-6, ffn_dim=14336, freq_dim=256, in_dim=48, model_type="ti2v",
@@ -255,10 +255,10 @@ def test_text_to_video_configs_are_read(tmp_path):
 def test_other_architectures_are_refused_at_once(changes, found, tmp_path):
     given = DIFFUSERS | changes
     given = {k: v for k, v in given.items() if not (k == "out_channels" and v is None)}
-    with pytest.raises(ValueError, match=f"config.json must .*{found}"):
+    with pytest.raises(ValueError, match=rf"config\.json must .*{found}"):
         read(tmp_path, **given)
 
 
 def test_a_model_of_more_input_channels_is_refused():
-    with pytest.raises(ValueError, match="in_channels must equal out_channels=16.*got 36"):
+    with pytest.raises(ValueError, match=r"in_channels must equal out_channels=16.*got 36"):
         rf.models.CausalWanConfig(in_channels=36)

@@ -55,8 +55,8 @@ class CausalWanConfig:
         if self.in_channels != self.out_channels:
             # The flow has the latents' shape. 36 or more channels are those of an image or a video beside the noise.
             raise ValueError(
-                f"in_channels must equal out_channels={self.out_channels} (text-to-video: the input is the noisy latents "
-                f"alone), got {self.in_channels}, as image-to-video models have"
+                f"in_channels must equal out_channels={self.out_channels}, as in a text-to-video model, got "
+                f"{self.in_channels}: image-to-video models take an image beside the noisy latents"
             )
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim must be even, got {self.freq_dim}")
