@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 DESCRIPTION = (
     "how fast each operation is on this machine, beside what one would use instead, and how far it is from its limit"
@@ -51,6 +52,8 @@ def _run(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
+    from rfkernels.tools.outputs import writable_file
+
     from . import report, runner
     from .contenders import Options
     from .environment import ceilings, environment
@@ -69,6 +72,9 @@ def _run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        if path:
+            writable_file(option, Path(path))
     if args.plot:
         _require_matplotlib()
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

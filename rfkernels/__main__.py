@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import platform
 import sys
 from pathlib import Path
@@ -62,6 +63,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rfkernels", description=rf.__doc__)
+    parser.add_argument("--version", action="version", version=f"rfkernels {rf.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, backends, and why what is missing is missing").set_defaults(run=info)
     demo.add_arguments(commands.add_parser("demo", help="stream a minute of video from the small model"))
@@ -69,7 +71,18 @@ def main(argv: list[str] | None = None) -> int:
     train.add_arguments(commands.add_parser("train", help="train the small model that the demo streams"))
     _bench(commands.add_parser("bench", help="how fast each operation is here, beside what one would use instead"))
     args = parser.parse_args(argv)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print(f"\nstopped{': ' + args.left(args) if 'left' in args else ''}", file=sys.stderr)
+        return 130  # 128 and the signal's number, as shells have it
+    except BrokenPipeError:
+        # Who read the output has enough (`| head`). What is still buffered must not fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:  # a disk that is full, a file that has gone
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

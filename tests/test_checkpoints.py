@@ -1,6 +1,8 @@
 """Every layout of weights on disk, round and back; and what is refused."""
 
+import copy
 import json
+import re
 
 import pytest
 import torch
@@ -132,3 +134,131 @@ def test_loading_maps_the_file_instead_of_copying_it(kind, tmp_path):
     load_checkpoint(target, file, assign=True)
     assert same(target, model)
     assert anonymous() - before < 0.5 * nbytes
+
+
+WRAPPED = {
+    "compiled": ("_orig_mod.", ""),
+    "DDP of compiled": ("module._orig_mod.", ""),
+    "FSDP": ("model._fsdp_wrapped_module.", "_fsdp_wrapped_module."),  # as Self-Forcing's trainer writes
+    "all": (
+        "module.model._orig_mod._fsdp_wrapped_module.",
+        "_fsdp_wrapped_module._checkpoint_wrapped_module._orig_mod.",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_names_of_wrappers_are_taken_out_wherever_they_are(kind, tmp_path):
+    model = small(CPU, torch.float32)
+    outside, inside = WRAPPED[kind]
+    state = {outside + re.sub(r"^(blocks\.\d+\.)", rf"\1{inside}", k): x for k, x in model.state_dict().items()}
+    torch.save({"generator_ema": state}, tmp_path / "model.pt")
+    assert same(load_checkpoint(blank(model), tmp_path / "model.pt"), model)
+    save_file({k: x.contiguous() for k, x in state.items()}, tmp_path / "model.safetensors")
+    assert same(load_checkpoint(blank(model), tmp_path / "model.safetensors"), model)
+
+
+def wrapped_in_many_ways(model):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    yield torch.compile(copy.deepcopy(model), backend="eager")
+    blocks = copy.deepcopy(model)
+    blocks.blocks[0] = torch.compile(checkpoint_wrapper(blocks.blocks[0]), backend="eager")
+    yield torch.nn.DataParallel(blocks)
+
+
+def test_wrapped_models_save_and_load_plain_weights(tmp_path):
+    model = small(CPU, torch.float32)
+    save_checkpoint(model, tmp_path / "plain")
+    for index, wrapped in enumerate(wrapped_in_many_ways(model)):
+        save_checkpoint(wrapped, tmp_path / str(index))
+        assert same(from_pretrained(tmp_path / str(index)), model)
+        for p in wrapped.parameters():
+            torch.nn.init.zeros_(p)
+        assert same(load_checkpoint(wrapped, tmp_path / "plain"), model)
+
+
+def test_lora_is_merged_when_saved_and_left_when_loaded(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = small(CPU, torch.float32)
+    save_checkpoint(model, tmp_path / "plain")
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q", "patch_embedding"], init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(model), config)
+    before = copy.deepcopy(adapted)
+    assert same(load_checkpoint(adapted, tmp_path / "plain"), before)
+    save_checkpoint(adapted, tmp_path / "merged")
+    merged = adapted.merge_and_unload()
+    for name, x in from_pretrained(tmp_path / "merged").state_dict().items():
+        torch.testing.assert_close(x, merged.state_dict()[name])
+    with before.disable_adapter():
+        save_checkpoint(before, tmp_path / "off")
+    assert same(from_pretrained(tmp_path / "off"), model)
+
+
+def test_sharded_models_save_and_load_plain_weights(tmp_path):
+    import torch.distributed as dist
+
+    model = small(CPU, torch.float32)
+    save_checkpoint(model, tmp_path / "plain")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sharded = rf.training.shard(blank(model), dist.device_mesh.init_device_mesh("cpu", (1,)))
+        load_checkpoint(sharded, tmp_path / "plain")
+        save_checkpoint(sharded, tmp_path / "saved")
+    finally:
+        dist.destroy_process_group()
+    assert same(from_pretrained(tmp_path / "saved"), model)
+
+
+def test_offloaded_weights_are_not_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"model must hold its weights.*offloading"):
+        save_checkpoint(small(CPU).to("meta"), tmp_path)
+
+
+TI2V = dict(_class_name="WanModel", dim=3072, eps=1e-6, ffn_dim=14336, freq_dim=256, in_dim=48, model_type="ti2v",
+            num_heads=24, num_layers=30, out_dim=48, text_len=512)  # fmt: skip
+DIFFUSERS = dict(_class_name="WanTransformer3DModel", num_attention_heads=2, attention_head_dim=24, num_layers=2,
+                 ffn_dim=64, freq_dim=32, text_dim=16, in_channels=16, out_channels=16, image_dim=None,
+                 added_kv_proj_dim=None, pos_embed_seq_len=None, qk_norm="rms_norm_across_heads")  # fmt: skip
+
+
+def read(folder, **given):
+    (folder / "config.json").write_text(json.dumps(given))
+    return rf.models.checkpoints.read_config(folder)
+
+
+def test_text_to_video_configs_are_read(tmp_path):
+    assert read(tmp_path, **TI2V) == rf.models.CausalWanConfig.preset("wan2.2-ti2v-5b")
+    assert read(tmp_path, **TI2V | dict(has_image_input=False, seperated_timestep=True)).in_channels == 48
+    assert read(tmp_path, **DIFFUSERS).head_dim == 24
+    assert read(tmp_path, **DIFFUSERS | dict(in_channels=48, out_channels=48)).out_channels == 48
+
+
+@pytest.mark.parametrize(
+    "changes, found",
+    [
+        (dict(in_channels=36), "36 input channels for 16"),  # diffusers' Wan2.2-I2V: nothing else tells
+        (dict(in_dim=36, out_dim=16), "36 input channels for 16"),
+        (dict(in_channels=36, out_channels=None), "36 input channels"),
+        (dict(model_type="i2v"), "model_type='i2v'"),
+        (dict(model_type="flf2v"), "model_type='flf2v'"),
+        (dict(model_type="s2v"), "model_type='s2v'"),
+        (dict(image_dim=1280), "image_dim=1280"),
+        (dict(has_image_input=True), "has_image_input"),
+        (dict(pos_embed_seq_len=514), "pos_embed_seq_len"),
+        (dict(_class_name="WanVACETransformer3DModel"), "VACE"),
+        (dict(vace_layers=[0, 5]), "vace_layers"),
+        (dict(qk_norm="layer_norm"), "qk_norm"),
+        (dict(window_size=[8, 8]), "window_size"),
+    ],
+)
+def test_other_architectures_are_refused_at_once(changes, found, tmp_path):
+    given = DIFFUSERS | changes
+    given = {k: v for k, v in given.items() if not (k == "out_channels" and v is None)}
+    with pytest.raises(ValueError, match=rf"config\.json must .*{found}"):
+        read(tmp_path, **given)
+
+
+def test_a_model_of_more_input_channels_is_refused():
+    with pytest.raises(ValueError, match=r"in_channels must equal out_channels=16.*got 36"):
+        rf.models.CausalWanConfig(in_channels=36)

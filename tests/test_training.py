@@ -144,6 +144,153 @@ def test_resumes_bit_for_bit(autocast, device, tmp_path):
     assert model.config == trainer.student.config
 
 
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_blocks(model):
+    model.blocks[0] = compiled(model.blocks[0])
+    return model
+
+
+def recomputed_blocks(model):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model.blocks[0] = checkpoint_wrapper(model.blocks[0])
+    return model
+
+
+def frozen(model):
+    model.text_embedding.requires_grad_(False)
+    return model
+
+
+def adapted(model):
+    peft = pytest.importorskip("peft")
+    options = dict(r=2, target_modules=["q", "ffn.0"], modules_to_save=["head.head"], init_lora_weights=False)
+    return peft.get_peft_model(model, peft.LoraConfig(**options))
+
+
+def adapted_within(model):
+    """As peft's integrations do: the model stays what it was, its layers are exchanged."""
+    adapted(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (compiled, lambda model: model),
+        (lambda model: model, compiled),
+        (recomputed_blocks, compiled_blocks),
+        (frozen, frozen),
+        (adapted, adapted_within),
+        (adapted_within, lambda model: compiled(adapted(model))),
+    ],
+)
+def test_a_student_goes_on_however_it_is_wrapped(before, after, device, tmp_path):
+    trainer = make(device, dtype=torch.float32, wrap=before, generator_every=1)
+    data = [batches(step, (2,), device, torch.float32) for step in range(2)]
+    trainer.step(data[0])
+    save_trainer(trainer, tmp_path / "run")
+    other = make(device, dtype=torch.float32, wrap=after, generator_every=1)
+    load_trainer(other, tmp_path / "run")
+    # What is saved are whole, plain models; they are the student, with adapters merged.
+    student, average = (rf.models.from_pretrained(tmp_path / "run" / name).to(device) for name in ("student", "ema"))
+    clip = torch.randn(1, 2, 4, 4, 6, device=device), torch.tensor([500.0], device=device), data[0][0][0][:1]
+    with torch.no_grad():
+        expected = trainer.student(*clip)
+        for model in (student, average):  # which begins as a copy
+            torch.testing.assert_close(model(*clip), expected, rtol=1e-4, atol=1e-5)
+    expected, got = trainer.step(data[1]), other.step(data[1])
+    assert all(torch.equal(x, got[name]) for name, x in expected.items())
+    assert trainer.ema and all(torch.equal(x, other.ema[name]) for name, x in trainer.ema.items())
+
+
+def test_an_average_saved_without_the_frozen_weights_is_loaded(device, tmp_path):
+    """As runs that were saved before have it."""
+    trainer = make(device, wrap=frozen)
+    trainer.step(batches(0, (1,), device))
+    save_trainer(trainer, tmp_path / "run")
+    file = tmp_path / "run" / "ema" / "diffusion_pytorch_model.safetensors"
+    rf.models.checkpoints.save_weights(trainer.ema, trainer.student.config, file.parent)
+    other = make(device, wrap=frozen)
+    load_trainer(other, tmp_path / "run")
+    assert all(torch.equal(x, other.ema[name]) for name, x in trainer.ema.items())
+    before = state(trainer := make(device))
+    with pytest.raises(ValueError, match=r"ema must hold|must train the weights .* such as text_embedding"):
+        load_trainer(trainer, tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(before[0], state(trainer)[0], strict=True))
+
+
+def test_what_could_not_be_loaded_is_not_saved(device, tmp_path):
+    peft, numpy = pytest.importorskip("peft"), pytest.importorskip("numpy")
+    trainer = make(device, lr=numpy.float64(1e-3), num_frames=numpy.int64(5), alpha=torch.tensor([0.5, 0.9]))
+    save_trainer(trainer, tmp_path / "run", {"epoch": 1})
+    for extra in ({"folder": tmp_path}, {"schedule": lambda step: 1.0}):
+        with pytest.raises(ValueError, match="extra must be plain values"):
+            save_trainer(trainer, tmp_path / "run", extra)
+    again = make(device, lr=1e-3, num_frames=5, alpha=[0.5, 0.9], steps=[1000, 500])
+    assert load_trainer(again, tmp_path / "run") == {"epoch": 1}
+    with pytest.raises(ValueError, match=r"blocks.0.self_attn.q must have a plain LoRA.*lora_magnitude_vector"):
+        make(device, wrap=lambda m: peft.get_peft_model(m, peft.LoraConfig(r=2, target_modules=["q"], use_dora=True)))
+
+
+@pytest.mark.parametrize("stopped", ["first", "second"])
+def test_a_save_that_was_stopped_loses_nothing(stopped, device, tmp_path, monkeypatch):
+    trainer = make(device)
+    save_trainer(trainer, tmp_path / "run", {"at": 0})
+    replace = os.replace
+
+    def stop(source, target):
+        if Path(target).name == ("run.old" if stopped == "first" else "run"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_trainer(trainer, tmp_path / "run", {"at": 1})
+    monkeypatch.undo()
+    assert load_trainer(trainer, tmp_path / "run") == {"at": 0 if stopped == "first" else 1}
+
+
+def test_optimisation_settings_may_change(device, tmp_path):
+    trainer = make(device)
+    trainer.step(batches(0, (1,), device))
+    save_trainer(trainer, tmp_path / "run")
+    free = dict(lr=3e-4, critic_lr=2e-4, weight_decay=0.2, max_grad_norm=None, max_weight=1.5, ema_decay=0.5,
+                total_steps=9)  # fmt: skip
+    other = make(device, **free)
+    load_trainer(other, tmp_path / "run")
+    groups = [o.param_groups[0] for o in (other.optimizer, other.critic_optimizer)]
+    assert [g["lr"] for g in groups] == [3e-4, 2e-4] and all(g["weight_decay"] == 0.2 for g in groups)
+    assert other.loss.max_weight == 1.5 and other.step_index == 1 and other.optimizer.state
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 7e-5  # by a scheduler: where the configuration is the same, it stays
+    save_trainer(trainer, tmp_path / "run")
+    load_trainer(other := make(device), tmp_path / "run")
+    assert other.optimizer.param_groups[0]["lr"] == 7e-5
+    for name, value in dict(betas=(0.9, 0.999), alpha=0.9, beta=1.0, seed=5, sink_frames=2).items():
+        with pytest.raises(ValueError, match=f"trained with .*{name}"):
+            load_trainer(make(device, **{name: value}), tmp_path / "run")
+
+
+def test_of_ddp_the_model_within_is_trained(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        trainer = make(wrap=torch.nn.parallel.DistributedDataParallel)
+        trainer.step(batches(0, (1,)))
+        save_trainer(trainer, tmp_path / "run")
+        load_trainer(make(wrap=lambda m: compiled(torch.nn.parallel.DistributedDataParallel(m))), tmp_path / "run")
+    finally:
+        dist.destroy_process_group()
+    load_trainer(make(), tmp_path / "run")
+    with pytest.raises(TypeError, match="student must be a CausalWan"):
+        make(wrap=lambda m: torch.nn.Sequential(m))
+
+
 def test_two_ranks_are_one_big_batch(tmp_path):
     """torchrun, gloo, FSDP2, recomputation; saved sharded, loaded whole."""
     script = Path(__file__).with_name("training_setup.py")

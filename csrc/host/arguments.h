@@ -140,7 +140,8 @@ inline Write arguments_of(const requests::Write& from) {
   STD_TORCH_CHECK(k.layers == 1 && matches(args.new_k) && matches(args.new_v),
                   "new k and v must be [batch, tokens, heads, head_dim] of the cache");
   const int64_t tokens = from.geometry.frame_tokens;
-  STD_TORCH_CHECK(args.new_k.tokens % tokens == 0 && args.new_k.tokens <= (from.geometry.sink_frames + from.geometry.window_frames) * tokens,
+  STD_TORCH_CHECK(args.new_k.tokens % tokens == 0 &&
+                      args.new_k.tokens <= (from.geometry.sink_frames + from.geometry.window_frames) * tokens,
                   "new k and v must hold whole frames, at most sink_frames + window_frames");
   args.num_frames = frame_counts(from.num_frames, k.batch, from.cache.k);
   return args;

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from .config import CausalWanConfig
 from .wan import CausalWan
+from .wrappers import full, is_sharded, own_keys, plain_name, plain_state, sharded_like, unwrapped
 
 # diffusers' names, and ours. Its norm2 is Wan's norm3, which is the only norm of a block that has weights.
 _FROM_DIFFUSERS = (
@@ -31,6 +32,13 @@ _FROM_DIFFUSERS = (
     (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
     (r"\.ffn\.net\.2\.", ".ffn.2."),
 )
+_TEXT_TO_VIDEO = ("t2v", "ti2v")
+# What a config has where there is another input than text: in Wan's names, diffusers', DiffSynth's and VideoX-Fun's.
+_CONDITIONED = (
+    "image_dim", "added_kv_proj_dim", "pos_embed_seq_len", "has_image_input", "has_image_pos_emb", "has_ref_conv",
+    "add_ref_conv", "add_control_adapter", "vace_layers", "vace_in_channels", "audio_dim", "motion_encoder_dim",
+)  # fmt: skip
+_CHANNELS = (("in_dim", "in_channels"), ("out_dim", "out_channels"))
 _SHOWN = 12  # names of each kind that an error spells out
 
 
@@ -55,7 +63,8 @@ def load_checkpoint(
             listed; or a file without weights. The model is unchanged then.
     """
     state = read_checkpoint(path, weights)
-    own = model.state_dict()
+    keys, held = own_keys(model), model.state_dict()
+    own = {name: held[key] for name, key in keys.items()}
     shapes = [
         f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model"
         for name in own
@@ -67,7 +76,7 @@ def load_checkpoint(
         "of another shape": shapes,
     }
     if any(problems.values()):
-        lines = [f"{path} does not fit this model ({model.config})"]
+        lines = [f"{path} does not fit this model ({getattr(model, 'config', type(model).__name__)})"]
         for kind, names in problems.items():
             if names:
                 rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -75,17 +84,33 @@ def load_checkpoint(
         raise ValueError("\n  ".join(lines))
     if not assign and any(p.is_meta for p in own.values()):
         raise ValueError("assign must be True for a model on the meta device: it has no memory to copy into")
-    model.load_state_dict(state, assign=assign)
+    given = {keys[name]: sharded_like(x, own[name]) if is_sharded(own[name]) else x for name, x in state.items()}
+    # What is missing now can only be adapters, which stay as they are.
+    model.load_state_dict(given, strict=False, assign=assign)
     return model
 
 
 def save_checkpoint(model: CausalWan, folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
     """Writes ``config.json`` and ``diffusion_pytorch_model.safetensors``, Wan's own layout and names, in ``folder``.
 
+    The weights are the plain model's, also of a compiled or wrapped one; LoRA adapters are merged in the file. Of a
+    sharded model every rank calls this, and rank 0 writes.
+
     dtype: of the written weights, default the model's.
+
+    Raises:
+        ValueError: weights that are elsewhere (on the meta device); adapters that cannot be merged.
     """
-    state = {name: tensor.detach().to(dtype or tensor.dtype) for name, tensor in model.state_dict().items()}
-    save_weights(state, model.config, folder)
+    held = model.state_dict()
+    away = [name for name, x in held.items() if x.is_meta]
+    if away:
+        raise ValueError(f"model must hold its weights, got {away[0]} on the meta device: take offloading off first")
+    sharded = any(is_sharded(x) for x in held.values())
+    state = plain_state(model, {plain_name(name): full(x.detach()) for name, x in held.items()})
+    if sharded and torch.distributed.get_rank() != 0:
+        return
+    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
+    save_weights(state, unwrapped("model", model).config, folder)
 
 
 def save_weights(state: dict[str, torch.Tensor], config: CausalWanConfig, folder: str | os.PathLike[str]) -> None:
@@ -133,8 +158,7 @@ def read_config(folder: str | os.PathLike[str]) -> CausalWanConfig:
     if not file.is_file():
         raise FileNotFoundError(f"{folder} must hold the transformer's config.json")
     given = json.loads(file.read_text())
-    if given.get("image_dim") or given.get("added_kv_proj_dim") or given.get("model_type", "t2v") != "t2v":
-        raise ValueError(f"{file} must describe a text-to-video Wan transformer, got an image-conditioned one")
+    _check_architecture(given, file)
     names = {"in_dim": "in_channels", "out_dim": "out_channels", "num_attention_heads": "num_heads"}
     sizes = {names.get(key, key): value for key, value in given.items()}
     if "attention_head_dim" in sizes:
@@ -144,6 +168,30 @@ def read_config(folder: str | os.PathLike[str]) -> CausalWanConfig:
     sizes["qk_norm"] = bool(sizes.get("qk_norm", True))
     fields = CausalWanConfig.__dataclass_fields__
     return CausalWanConfig(**{key: value for key, value in sizes.items() if key in fields})
+
+
+def _check_architecture(given: dict[str, Any], file: Path) -> None:
+    """Raises unless a config.json is of the text-to-video transformer (which Wan 2.2's "ti2v" is too): the others take
+    more inputs, or have parts that this one lacks, and would be read in part without a word."""
+    kind, name = given.get("model_type", "t2v"), str(given.get("_class_name", ""))
+    found = [f"{key}={given[key]!r}" for key in _CONDITIONED if given.get(key)]
+    if kind not in _TEXT_TO_VIDEO:
+        found.insert(0, f"model_type={kind!r}")
+    elif any(word in name.lower() for word in ("vace", "animate", "s2v", "i2v")):
+        found.insert(0, f"_class_name={name!r}")
+    channels = [next((given[key] for key in keys if key in given), 16) for keys in _CHANNELS]
+    if channels[0] != channels[1]:
+        found.append(f"{channels[0]} input channels for {channels[1]} output channels")
+    if found:
+        raise ValueError(
+            f"{file} must describe a text-to-video Wan transformer, got one that is also conditioned on images or "
+            f"other inputs: {', '.join(found)}"
+        )
+    norm, window = given.get("qk_norm", True), given.get("window_size", (-1, -1))
+    if norm not in (True, False, None, "rms_norm_across_heads"):
+        raise ValueError(f"{file} must have the qk_norm of Wan, 'rms_norm_across_heads' or none, got {norm!r}")
+    if list(window) != [-1, -1]:
+        raise ValueError(f"{file} must have window_size [-1, -1]: the window is the cache's here, got {window}")
 
 
 def read_checkpoint(path: str | os.PathLike[str], weights: str | None = None) -> dict[str, torch.Tensor]:
@@ -157,11 +205,19 @@ def read_checkpoint(path: str | os.PathLike[str], weights: str | None = None) ->
         state = load_file(path)
     else:
         state = _unwrap(torch.load(path, map_location="cpu", weights_only=True, mmap=True), weights, path)
-    state = {re.sub(r"^(model\.|module\.|_fsdp_wrapped_module\.|_orig_mod\.)+", "", k): t for k, t in state.items()}
+    state = {_own_name(key): tensor for key, tensor in state.items()}
     if any(name.startswith("condition_embedder.") for name in state):
         for pattern, name in _FROM_DIFFUSERS:
             state = {re.sub(pattern, name, key): tensor for key, tensor in state.items()}
     return state
+
+
+def _own_name(key: str) -> str:
+    """A key without the names of wrappers, and without the "model." that trainers' own modules put before it."""
+    name = plain_name(key)
+    while name.startswith("model."):
+        name = name.removeprefix("model.")
+    return name
 
 
 def _weights_folder(folder: Path) -> Path:

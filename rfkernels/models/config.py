@@ -14,7 +14,7 @@ class CausalWanConfig:
 
     Args:
         dim, ffn_dim, num_heads, num_layers: of the transformer; num_heads divides dim, heads have an even size.
-        in_channels, out_channels: of a latent frame.
+        in_channels, out_channels: of a latent frame; equal, as a text-to-video model has them.
         patch_size: (frames, rows, columns) of a patch. Frames must be 1: a chunk may be a single frame.
         text_dim: size of a text embedding. text_len: the length that embeddings are padded to by `generate` (Wan was
             trained on padded text); the model itself takes any length.
@@ -52,6 +52,12 @@ class CausalWanConfig:
             raise ValueError(
                 f"num_heads must divide dim into heads of even size, got dim={self.dim}, num_heads={self.num_heads}"
             )
+        if self.in_channels != self.out_channels:
+            # The flow has the latents' shape. 36 or more channels are those of an image or a video beside the noise.
+            raise ValueError(
+                f"in_channels must equal out_channels={self.out_channels}, as in a text-to-video model, got "
+                f"{self.in_channels}: image-to-video models take an image beside the noisy latents"
+            )
         if self.freq_dim % 2:
             raise ValueError(f"freq_dim must be even, got {self.freq_dim}")
 
@@ -74,6 +80,7 @@ class CausalWanConfig:
 PRESETS = {
     "wan2.1-t2v-1.3b": CausalWanConfig(),
     "wan2.1-t2v-14b": CausalWanConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "wan2.2-ti2v-5b": CausalWanConfig(dim=3072, ffn_dim=14336, num_heads=24, in_channels=48, out_channels=48),
     # Pixels of 32 x 32 RGB pictures in patches of 8: 16 tokens a frame. The one that ships trained.
     "tiny": CausalWanConfig(
         dim=256, ffn_dim=640, num_heads=4, num_layers=4, in_channels=3, out_channels=3, patch_size=(1, 8, 8),

@@ -207,7 +207,8 @@ class CausalWan(nn.Module):
     It predicts the flow ``v = eps - x0`` of noisy latents. All weights are in the state dict under Wan's own names.
 
     Args:
-        config: sizes, or the name of a preset ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "tiny").
+        config: sizes, or the name of a preset ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.2-ti2v-5b",
+            "tiny").
         checkpointing: recompute blocks in the backward pass instead of keeping their activations.
     """
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .. import backends
+from .outputs import chosen_device, finished, writable_folder
 from .tiny import clips, metrics, streams
 
 CONDITIONS = (
@@ -22,6 +23,7 @@ CONDITIONS = (
     ("chelsea", "zoom"), ("rocket", "pan up"), ("astronaut", "still"),
 )  # fmt: skip
 SHOWN = ("no sink", "static sink", "EMA 0.99")  # the last is the video
+FILES = ("video.gif", "contact_sheet.png", "sinks.png")
 SEGMENT = 24  # latent frames of a point in the plot
 SCALE = 4  # pixels of the video for one of the model's
 
@@ -91,12 +93,17 @@ def plot(made: dict[str, streams.Stream], path: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, left=_left)
     parser.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR", help="default %(default)s")
     parser.add_argument("--frames", type=int, default=240, help="latent frames, default %(default)s: a minute")
     parser.add_argument("--seed", type=int, default=0, help="of the noise, default %(default)s")
     parser.add_argument("--model", type=Path, metavar="DIR", help="weights, default those that come with the package")
     parser.add_argument("--device", help="default cuda where there is one, else cpu")
+
+
+def _left(args: argparse.Namespace) -> str:
+    """What there is when the command was stopped."""
+    return f"what {args.out} held before is unchanged, but for files among {', '.join(FILES)} that were finished"
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -114,9 +121,10 @@ def run(args: argparse.Namespace) -> int:
     """Streams, and writes the video, the contact sheet and the plot. Returns the exit status."""
     try:
         _check(args)
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = chosen_device(args.device)
         model = streams.load(args.model, device)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        writable_folder("--out", args.out)
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ImportError as error:
@@ -133,10 +141,12 @@ def run(args: argparse.Namespace) -> int:
     for name in SHOWN:
         print(name, file=sys.stderr)
         made[name] = streams.stream(model, conditions, args.frames, sinks[name], args.seed, progress=None)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_gif(tiles(made[SHOWN[-1]].frames), args.out / "video.gif", streams.FRAMES_PER_SECOND)
-    contact_sheet(made, args.out / "contact_sheet.png")
-    plot(made, args.out / "sinks.png")
+    video = tiles(made[SHOWN[-1]].frames)
+    with finished(args.out / FILES[0]) as path:
+        write_gif(video, path, streams.FRAMES_PER_SECOND)
+    for name, draw in zip(FILES[1:], (contact_sheet, plot), strict=True):
+        with finished(args.out / name) as path:
+            draw(made, path)
     segment = min(SEGMENT, args.frames // 2)
     print(f"{'':12} {'frames/s':>9} {'cache bytes':>12} {'motion':>16} {'drift':>16} {'fidelity':>16}")
     for name, stream in made.items():
@@ -146,5 +156,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name:12} {speed:9.0f} {stream.nbytes:12} " + " ".join(f"{cell:>16}" for cell in cells))
     print("motion: pixels a frame; drift: spread of log sharpness over segments; fidelity: share of frames that look")
     print("like the photograph asked for. Mean and standard error over the streams.")
-    print(f"{args.out}/video.gif, contact_sheet.png, sinks.png; {time.perf_counter() - begin:.0f} s")
+    print(f"{args.out}/{', '.join(FILES)}; {time.perf_counter() - begin:.0f} s")
     return 0

@@ -19,6 +19,7 @@ import torch
 from ..models import CausalWanConfig, StreamingSampler, from_pretrained
 from ..models.checkpoints import read_config
 from ..models.video import StreamingDecoder, encode_prompts
+from .outputs import chosen_device, finished, partial_path, writable_file
 
 if TYPE_CHECKING:
     from av.container import OutputContainer
@@ -34,7 +35,7 @@ class UsageError(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, left=_left)
     parser.add_argument("--model", type=Path, required=True, help=f"folder with {', '.join(PARTS)}")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--out", type=Path, default=Path("video.mp4"), help="default %(default)s")
@@ -60,10 +61,18 @@ def run(args: argparse.Namespace) -> int:
     try:
         folders = _check(args)
         _generate(args, folders)
-    except (UsageError, ValueError, FileNotFoundError) as error:
+    except (UsageError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _left(args: argparse.Namespace) -> str:
+    """What there is when the command was stopped."""
+    partial = partial_path(args.out)
+    if partial.is_file() and partial.stat().st_size:
+        return f"{partial} holds the frames made so far; {args.out} is not written"
+    return f"{args.out} is not written"
 
 
 def _check(args: argparse.Namespace) -> dict[str, Path]:
@@ -85,9 +94,9 @@ def _check(args: argparse.Namespace) -> dict[str, Path]:
         raise UsageError(f"--weights must be a file or folder, there is no {args.weights}")
     if args.frames < 1 or args.fps < 1:
         raise UsageError(f"--frames and --fps must be at least 1, got {args.frames} and {args.fps}")
-    if not args.out.parent.is_dir():
-        raise UsageError(f"--out must be in an existing folder, there is no {args.out.parent}")
-    _open_video(args.out, args.fps)[0].close()  # nothing is written before the first frame
+    chosen_device(args.device)
+    writable_file("--out", args.out)
+    _open_video(partial_path(args.out), args.fps)[0].close()  # nothing is written before the first frame
     return folders
 
 
@@ -102,7 +111,7 @@ def _importable(module: str) -> bool:
 def _generate(args: argparse.Namespace, folders: dict[str, Path]) -> None:
     from diffusers import AutoencoderKLWan
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(args.device)
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     # float32, as in Wan
     vae = AutoencoderKLWan.from_pretrained(folders["vae"], local_files_only=True).to(device).eval()
@@ -161,21 +170,24 @@ def _open_video(path: Path, fps: int) -> tuple[OutputContainer, VideoStream]:
 def write_video(path: Path, chunks: Iterator[torch.Tensor], fps: int, frames: int | None = None) -> None:
     """Writes chunks ``[n, 3, H, W]`` in -1..1 as they come, at most ``frames`` frames; the format is the suffix's.
 
+    Until all are written the file has another name (`partial_path`); it can be played, and stays after an error.
+
     Raises:
         ValueError: a suffix that stands for no format that holds H.264.
     """
     import av
 
-    container, stream = _open_video(path, fps)
     left = math.inf if frames is None else frames
-    with container:
-        for chunk in chunks:
-            pixels = ((chunk.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
-            if not stream.codec_context.is_open:
-                stream.height, stream.width = pixels.shape[1:3]
-            for image in pixels[: min(len(pixels), left)].numpy():
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            left -= len(pixels)
-            if left <= 0:
-                break
-        container.mux(stream.encode())
+    with finished(path) as partial:
+        container, stream = _open_video(partial, fps)
+        with container:
+            for chunk in chunks:
+                pixels = ((chunk.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+                if not stream.codec_context.is_open:
+                    stream.height, stream.width = pixels.shape[1:3]
+                for image in pixels[: min(len(pixels), left)].numpy():
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+                left -= len(pixels)
+                if left <= 0:
+                    break
+            container.mux(stream.encode())

@@ -14,6 +14,7 @@ from ..contract.requests import accumulate_dtype
 from ..draws import Generators, draw
 from ..models.settings import StreamSettings
 from ..models.wan import CausalWan
+from ..models.wrappers import unwrapped
 
 
 class Rollout(NamedTuple):
@@ -63,7 +64,7 @@ class SelfForcingRollout:
         **options: Any,
     ):
         settings, cache_options = StreamSettings.split({"steps": steps, "shift": shift} | options)
-        self.model, self.settings, self.schedule = model, settings, settings.schedule
+        self.model, self.settings, self.schedule = unwrapped("model", model), settings, settings.schedule
         self.timesteps = self.schedule.timesteps(settings.steps)
         self.grad_frames = checks.integer("grad_frames", grad_frames, 0)
         self.last_step_only, self.same_step = bool(last_step_only), bool(same_step)

@@ -14,10 +14,10 @@ from .. import checks
 from ..draws import Generators, draw, keyed_generator
 from ..losses import FlowMatchSchedule, ReDMDLoss, critic_loss, effective_sample_size
 from ..models.wan import CausalWan
+from ..models.wrappers import adapters, full, is_sharded, plain_name, unwrapped
 from .config import AUTOCAST, ReDMDConfig
 from .guidance import predict_clean
 from .rollout import Rollout, SelfForcingRollout
-from .sharding import full, is_sharded
 
 Prompts = Sequence[Any]  # texts, or whatever else the reward is told of each sample
 Batch = tuple[torch.Tensor, Prompts]  # text embeddings [B, n, text_dim], and the prompts that they are of
@@ -29,14 +29,15 @@ class ReDMDTrainer:
 
     Args:
         student: `CausalWan` to train. teacher: bidirectional, frozen here. critic: begins as the teacher's weights.
-            All three on one device; under torch.distributed sharded by `shard`.
+            All three on one device; under torch.distributed sharded by `shard`. They may be compiled, have frozen
+            weights, or LoRA (peft); of DDP the model within is taken.
         uncond: embeddings ``[1, n, text_dim]`` of the negative prompt; None: no guidance.
         reward: ``reward(frames [B, F, C, H, W] in 0..1, prompts) -> [B]``; None: plain DMD. decode: latents to such
             frames. Neither is differentiated.
         config: settings.
 
     Attributes:
-        step_index: steps done. ema: the student's moving average by parameter name, or None before it begins.
+        step_index: steps done. ema: the student's moving average by the plain model's names, or None before it begins.
         unfinished: metrics of the student's part of a step whose critic's part failed; else None.
 
     Raises:
@@ -56,8 +57,13 @@ class ReDMDTrainer:
         self.config = config = ReDMDConfig() if config is None else config
         if reward is not None and decode is None:
             raise ValueError("decode must be given with reward: it makes the frames that are rewarded")
+        student, teacher, critic = (
+            unwrapped(name, model) for name, model in (("student", student), ("teacher", teacher), ("critic", critic))
+        )
         if len({id(m) for m in (student, teacher, critic)}) < 3:
             raise ValueError("student, teacher and critic must be three models, got the same one twice")
+        for model in (student, critic):
+            list(adapters(model))  # what `save_trainer` would refuse is refused before anything is trained
         self.rank, self.world = 0, 1
         if dist.is_available() and dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -84,7 +90,8 @@ class ReDMDTrainer:
         self.rollout = SelfForcingRollout(student, **(config.rollout | dtype))
         # Taken once: what FSDP2 shows as parameters changes around a pass, the optimisers want the sharded ones.
         self.weights, self.critic_weights = (
-            {name: p for name, p in model.named_parameters() if p.requires_grad} for model in (student, critic)
+            {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+            for model in (student, critic)
         )
         self.optimizer, self.critic_optimizer = (
             torch.optim.AdamW(list(weights.values()), lr, config.betas, weight_decay=config.weight_decay)

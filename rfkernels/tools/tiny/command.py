@@ -17,6 +17,7 @@ import torch
 
 from ...models import from_pretrained
 from ...models.checkpoints import save_weights
+from ..outputs import finished, writable_folder
 from . import evaluate, phases
 from .loop import Log, commit
 from .presets import PRESETS, TrainPreset, preset
@@ -54,11 +55,16 @@ NEEDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, left=_left)
     parser.add_argument("--preset", default="tiny", help=f"one of {', '.join(PRESETS)}; default %(default)s")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a run that was stopped there goes on")
     parser.add_argument("--phase", nargs="+", choices=PHASES, help="default: all of them in order")
     parser.add_argument("--threads", type=int, default=1, help="of torch, default %(default)s")
+
+
+def _left(args: argparse.Namespace) -> str:
+    """What there is when the command was stopped."""
+    return f"{args.out} holds what was saved; the same command goes on from there"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--threads must be at least 1, got {args.threads}")
         import skimage  # noqa: F401
 
+        writable_folder("--out", args.out)
         state = RunState(args.out, args.preset, chosen)
         wanted = args.phase or [name for name in PHASES if name not in state.done]
         for name in wanted:
@@ -127,7 +134,8 @@ class RunState:
         entry["values"] = asdict(self.chosen)
         held = self._read() or {"preset": self.name, "phases": {}}
         held["phases"][phase] = entry
-        self.path.write_text(json.dumps(held, indent=1) + "\n")
+        with finished(self.path) as path:  # a run is not to be lost while its record is written
+            path.write_text(json.dumps(held, indent=1) + "\n")
 
 
 def plot(folder: Path) -> None:

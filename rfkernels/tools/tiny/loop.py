@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ...training import ReDMDTrainer, load_trainer, save_trainer
+from ...training.checkpoint import recover
 
 
 def commit() -> str:
@@ -111,6 +112,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     log, checkpoint = Log(folder / "log.jsonl"), folder / "state"
     first, seconds = 0, 0.0
+    recover(checkpoint)
     if checkpoint.exists():
         extra = state.load(checkpoint)
         first, seconds = extra["step"], extra["seconds"]
