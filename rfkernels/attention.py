@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any
 
 import torch
 
@@ -14,27 +14,9 @@ from .contract.geometry import WindowMask
 from .contract.requests import ChunkAttention, Past, StreamingAttention, WindowAttention
 from .rope import Rope3D
 
-WithLse = tuple[torch.Tensor, torch.Tensor]
-Result = torch.Tensor | WithLse
+Result = Any  # out, or with return_lse the pair (out, lse): no type says that without writing every argument list thrice
 
 
-# fmt: off
-@overload
-def streaming_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, scale: float | None = None,
-    return_lse: Literal[False] = False, backend: str | None = None,
-) -> torch.Tensor: ...
-@overload
-def streaming_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, scale: float | None = None,
-    *, return_lse: Literal[True], backend: str | None = None,
-) -> WithLse: ...
-@overload
-def streaming_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: CacheLayer, scale: float | None = None,
-    return_lse: bool = False, backend: str | None = None,
-) -> Result: ...
-# fmt: on
 def streaming_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -80,23 +62,6 @@ def streaming_attention(
     return (out, lse) if return_lse else out
 
 
-# fmt: off
-@overload
-def chunk_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, scale: float | None = None,
-    return_lse: Literal[False] = False, backend: str | None = None,
-) -> torch.Tensor: ...
-@overload
-def chunk_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, scale: float | None = None,
-    *, return_lse: Literal[True], backend: str | None = None,
-) -> WithLse: ...
-@overload
-def chunk_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, scale: float | None = None,
-    return_lse: bool = False, backend: str | None = None,
-) -> Result: ...
-# fmt: on
 def chunk_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -126,26 +91,6 @@ def chunk_attention(
     return (out, lse) if return_lse else out
 
 
-# fmt: off
-@overload
-def sink_window_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sink_tokens: int, window_tokens: int, chunk_tokens: int = 1,
-    first_chunk_tokens: int | None = None, own_chunk: bool = True, rope: Rope3D | None = None,
-    scale: float | None = None, return_lse: Literal[False] = False, backend: str | None = None,
-) -> torch.Tensor: ...
-@overload
-def sink_window_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sink_tokens: int, window_tokens: int, chunk_tokens: int = 1,
-    first_chunk_tokens: int | None = None, own_chunk: bool = True, rope: Rope3D | None = None,
-    scale: float | None = None, return_lse: Literal[True], backend: str | None = None,
-) -> WithLse: ...
-@overload
-def sink_window_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sink_tokens: int, window_tokens: int, chunk_tokens: int = 1,
-    first_chunk_tokens: int | None = None, own_chunk: bool = True, rope: Rope3D | None = None,
-    scale: float | None = None, return_lse: bool = False, backend: str | None = None,
-) -> Result: ...
-# fmt: on
 def sink_window_attention(
     q: torch.Tensor,
     k: torch.Tensor,
