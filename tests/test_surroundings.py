@@ -317,6 +317,16 @@ def test_dense_attention_takes_any_number_of_keys(queries, keys, group, backend)
         torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("group", [1, 3])
+def test_an_empty_batch(group, backend):
+    q = torch.randn(0, 8, 2 * group, 32, requires_grad=True)
+    k, v = (torch.randn(0, 8, 2, 32, requires_grad=True) for _ in range(2))
+    window = rf.sink_window_attention(q, k, v, sink_tokens=1, window_tokens=3, return_lse=True)
+    for out, lse in (window, rf.dense_attention(q, k, v, return_lse=True)):
+        assert out.shape == q.shape and lse.shape == (0, 2 * group, 8)
+        assert all(x.shape[0] == 0 for x in torch.autograd.grad(out.sum() + lse.sum(), (q, k, v)))
+
+
 def test_dense_attention_and_merging_extend_a_stream():
     """Reference tokens beside the cache: as if their keys had been in it."""
     q, k, v = qkv(8)

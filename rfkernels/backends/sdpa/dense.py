@@ -47,7 +47,7 @@ def attend(
     Returns out in that dtype and lse (empty unless return_lse). A query that sees nothing gets zeros and -inf.
     """
     batch, queries, heads, _ = q.shape
-    if k.shape[1] == 0 or queries == 0:
+    if k.shape[1] == 0 or queries == 0 or batch == 0:
         return torch.zeros_like(q), q.new_full((batch, heads, queries), -torch.inf, dtype=accumulate_dtype(q.dtype))
     bias = None
     if visible is not None:
