@@ -54,6 +54,8 @@ class CacheLayer:
 
     def _write_request(self, k: torch.Tensor, v: torch.Tensor) -> Write:
         cache = self.cache
+        if cache.nonfinite == "zero":
+            k, v = (x.nan_to_num(0.0, 0.0, 0.0) for x in (k, v))
         return Write(self._tensors, cache.num_frames, k, v, cache._rope_tables, cache._geometry)
 
     def context(self) -> Context:
@@ -88,6 +90,8 @@ class EMASinkCache:
         sink_dtype: None keeps float32 accumulators (float64 for float64 caches). A half ``dtype`` given here too
             reproduces the published arithmetic: averaged in half precision, each product and the sum rounded. With
             bfloat16 and alpha = 0.999 the sink then hardly moves at all.
+        nonfinite: ``"keep"``, or ``"zero"`` to write what is not finite as zeros. A NaN in a written frame otherwise
+            reaches every later pass that sees it and, once it is fused, the sink of its stream for good. No host read.
         device: default torch's.
 
     Attributes (the arguments too can be read under their names):
@@ -117,6 +121,7 @@ class EMASinkCache:
         sink_positions: str = "before_window",
         dtype: torch.dtype = torch.bfloat16,
         sink_dtype: torch.dtype | None = None,
+        nonfinite: str = "keep",
         device: torch.device | str | None = None,
     ):
         self.num_layers = checks.integer("num_layers", num_layers, 1)
@@ -130,9 +135,11 @@ class EMASinkCache:
             raise TypeError(f"dtype must be one of {checks.FLOATING}, got {dtype}")
         if sink_positions not in ("before_window", "absolute"):
             raise ValueError(f'sink_positions must be "before_window" or "absolute", got {sink_positions!r}')
+        if nonfinite not in ("keep", "zero"):
+            raise ValueError(f'nonfinite must be "keep" or "zero", got {nonfinite!r}')
         checks.rope(rope, self.head_dim, self.frame_tokens)
         self.alpha, self._alphas = alpha, checks.alphas(alpha, self.num_kv_heads)
-        self.rope, self.sink_positions, self.dtype = rope, sink_positions, dtype
+        self.rope, self.sink_positions, self.dtype, self.nonfinite = rope, sink_positions, dtype, nonfinite
         self.sink_dtype = checks.accumulator(dtype, sink_dtype)
         self.device = torch.empty(0, device=device).device  # "cuda" -> "cuda:0"
         self._geometry = CacheGeometry(self.sink_frames, self.window_frames, self.frame_tokens)
@@ -340,10 +347,9 @@ class EMASinkCache:
     def reset(self, samples: Iterable[int] | None = None) -> None:
         """Forgets everything, or only the given streams (host indices); addresses stay."""
         chosen = self._samples(samples)
-        with torch.no_grad():
-            for name, x in self._state_tensors().items():
-                for sample in chosen:
-                    (x if name == "num_frames" else x.transpose(0, 1))[sample].zero_()
+        with torch.no_grad():  # what no frame of the new streams has reached is never read
+            for sample in chosen:
+                self.num_frames[sample].zero_()
         self._set_ages([0 if b in chosen else age for b, age in enumerate(self.ages)])
         self._written = True
         if len(chosen) == self.batch_size:
@@ -408,6 +414,7 @@ class EMASinkCache:
             sink_positions=self.sink_positions,
             dtype=self.dtype,
             sink_dtype=self.sink_dtype,
+            nonfinite=self.nonfinite,
         )
 
     def _description(self) -> dict[str, Any]:

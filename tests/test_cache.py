@@ -106,12 +106,13 @@ def test_to_copies_to_another_device(device):
 def test_reset_forgets_all_or_some(device, backend):
     cache = make(device)
     fresh = stream(cache, 4)
+    for x in (cache.k, cache.v, cache.sink_k, cache.sink_v):
+        x.fill_(float("nan"))  # of the former streams: nothing reads it
     cache.reset()
-    assert not cache.k.any() and cache.open_frames == 0 and cache.ages == [0, 0]
+    assert cache.open_frames == 0 and cache.ages == [0, 0]
     assert equal(fresh, stream(cache, 4))
     cache.reset([1])
     assert cache.ages == [8, 0] and cache.num_frames.tolist() == [8, 0]
-    assert not cache.k[:, 1].any() and not cache.sink_k[:, 1].any() and cache.k[:, 0].any()
 
 
 def test_full_is_known_on_the_host(device):

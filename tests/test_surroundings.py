@@ -278,6 +278,26 @@ def test_a_long_chunk_of_streams_that_lack_frames(name):
     assert not out[0].any() and not cache.k[:, 0].any()
 
 
+@pytest.mark.parametrize("name", TORCH_BACKENDS)
+def test_a_chunk_that_is_not_finite_may_be_kept_out(name):
+    """The rest of the stream is finite, sink included; by default it is what the definition says."""
+    for nonfinite in ("zero", "keep"):
+        cache = make(nonfinite=nonfinite)
+        with rf.use_backend(name):
+            for step in range(12):
+                q, k, v = qkv(seed=step)
+                if step == 2:
+                    k[:, 3], v[:, 5] = float("nan"), float("inf")
+                cache.begin_chunk(2)
+                out = rf.streaming_attention(q, k, v, cache[0])
+                if step == 2 and nonfinite == "zero":
+                    clean = [torch.where(x.isfinite(), x, 0) for x in (k, v)]
+                    assert torch.equal(out, rf.streaming_attention(q, *clean, cache[0]))
+        assert bool(cache.sink_v.isfinite().all() and out.isfinite().all()) == (nonfinite == "zero")
+    with pytest.raises(ValueError, match='nonfinite must be "keep" or "zero", got True'):
+        make(nonfinite=True)
+
+
 # --- full sequences ---------------------------------------------------------------------------------------------------
 
 

@@ -144,13 +144,17 @@ def streaming_attention(request: StreamingAttention) -> tuple[torch.Tensor, torc
 def _attend_masked(
     request: StreamingAttention, q: torch.Tensor, frames: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Without reading a length: the whole buffer, under a mask until every stream has filled it. q: rotated."""
+    """Without reading a length: the whole buffer, under a mask until every stream has filled it. q: rotated.
+
+    Masked entries are zeros for that long: a mask lets NaN through, and they may hold anything.
+    """
     k, v, geometry = request.write.cache.k, request.write.cache.v, request.write.geometry
     if request.full:
         return dense.attend(q, k, v, request.scale, return_lse=request.return_lse)
     keys = torch.arange(k.shape[1], device=k.device)
     seen = keys < geometry.valid_frames(request.write.num_frames)[:, None] * geometry.frame_tokens
     present = (frames >= 0).repeat_interleave(geometry.frame_tokens, 1)
+    k, v = (torch.where(seen[:, :, None, None], x, 0) for x in (k, v))
     return dense.attend(q, k, v, request.scale, present[:, :, None] & seen[:, None, :], request.return_lse)
 
 
