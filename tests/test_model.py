@@ -398,3 +398,8 @@ def test_offloaded_by_accelerate(device):
     assert model.patch_embedding.weight.is_meta and model.device == device
     for a, b in zip(passes(), expected, strict=True):
         assert torch.equal(a, b)
+    empty = small(device).to("meta")
+    for call in (lambda: empty(latents, times, context), lambda: empty.encode_context(context)):
+        with pytest.raises(ValueError, match=r"must hold its weights.*assign=True"):
+            call()
+    assert empty(latents.to("meta"), times.to("meta"), context.to("meta")).shape == latents.shape

@@ -24,6 +24,7 @@ from ..contexts import Context
 from ..contract.requests import accumulate_dtype
 from ..rope import Rope3D
 from .config import CausalWanConfig
+from .norms import LayerNorm, RMSNorm
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 KV = tuple[torch.Tensor, torch.Tensor]
@@ -42,8 +43,8 @@ class MaskTokens(TypedDict):
 class ChunkMask:
     """What a full-sequence pass of a causal model sees: the chunks, sinks and window of a stream with alpha = 1.
 
-    chunk_frames: frames of a chunk; first_chunk_frames: of the first one, up to the window. sink_frames, window_frames (the
-    own chunk included): as in `EMASinkCache`.
+    chunk_frames: frames of a chunk; first_chunk_frames: of the first one, up to the window. sink_frames, window_frames
+    (the own chunk included): as in `EMASinkCache`.
     """
 
     chunk_frames: int = 3
@@ -103,27 +104,6 @@ def _own_chunk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope3D, 
         return results[0]
     (out, lse), (more_out, more_lse) = results
     return torch.cat([out, more_out], 1), torch.cat([lse, more_lse], 2)
-
-
-class RMSNorm(nn.Module):
-    """Over the whole width of all heads, in float32 (float64)."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        precision = accumulate_dtype(x.dtype)
-        return F.rms_norm(x.to(precision), x.shape[-1:], self.weight.to(precision), self.eps).to(x.dtype)
-
-
-class LayerNorm(nn.LayerNorm):
-    """In float32 (float64)."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        precision = accumulate_dtype(x.dtype)
-        weight, bias = (None if p is None else p.to(precision) for p in (self.weight, self.bias))
-        return F.layer_norm(x.to(precision), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -263,11 +243,9 @@ class CausalWan(nn.Module):
     def device(self) -> torch.device:
         """Where the model computes. (accelerate's offloading leaves the weights on the meta device between passes.)"""
         weight = self.patch_embedding.weight
-        hook = getattr(self, "_hf_hook", None) if weight.is_meta else None
-        for own in getattr(hook, "hooks", (hook,)):
-            if getattr(own, "execution_device", None) is not None:
-                return torch.device(own.execution_device)
-        return weight.device
+        hook = getattr(self.patch_embedding, "_hf_hook", None) if weight.is_meta else None
+        device = getattr(hook, "execution_device", None)
+        return weight.device if device is None else torch.empty(0, device=device).device  # with its index
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens in a latent frame of ``height`` x ``width``.
@@ -334,6 +312,7 @@ class CausalWan(nn.Module):
             ValueError, TypeError: naming the argument; nothing is written then.
         """
         config = self.config
+        self._check_weights(context if latents is None else latents)
         if latents is None:
             embedded = self._embedded(context)
             return [block(None, None, None, embedded) for block in self.blocks]
@@ -417,13 +396,20 @@ class CausalWan(nn.Module):
             allowed = f"{batch} streams of {frames} open frames of {frame_tokens} tokens"
             raise ValueError(f"latents must have the cache's {allowed}, got {got[0]}, {got[1]} and {got[2]}")
 
+    def _check_weights(self, given: Any) -> None:
+        if self.device.type == "meta" and isinstance(given, torch.Tensor) and not given.is_meta:
+            raise ValueError(
+                "the model must hold its weights, got them on the meta device: load_checkpoint(model, path, "
+                "assign=True); to offload them, accelerate.cpu_offload(model, device)"
+            )
+
     def _check_latents(self, name: str, latents: torch.Tensor) -> torch.Size:
         checks.tensor(name, latents, 5, self.device)
         checks.shape(name, latents, B=None, F=None, C=self.config.in_channels, h=None, w=None)
         return latents.shape
 
     def _check_timesteps(self, timesteps: torch.Tensor | float | None, batch: int, frames: int) -> torch.Tensor:
-        if checks.is_real(timesteps):
+        if not isinstance(timesteps, torch.Tensor) and checks.is_real(timesteps):
             timesteps = torch.full((batch,), float(timesteps), device=self.device)
         if not isinstance(timesteps, torch.Tensor):
             got = "None" if timesteps is None else type(timesteps).__name__
