@@ -90,6 +90,10 @@ def _check(args: argparse.Namespace) -> dict[str, Path]:
     ]
     if lacking:
         raise UsageError(f"{args.model} must be laid out like a diffusers Wan pipeline, it lacks {'; '.join(lacking)}")
+    if args.weights is None and (args.model / "transformer_2").is_dir():
+        raise UsageError(
+            f"{args.model} holds two transformers, for high and for low noise; generate runs one: --weights"
+        )
     if args.weights is not None and not args.weights.exists():
         raise UsageError(f"--weights must be a file or folder, there is no {args.weights}")
     if args.frames < 1 or args.fps < 1:
