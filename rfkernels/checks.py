@@ -37,6 +37,21 @@ def tensor(name: str, x: object, rank: int | None = None, device: torch.device |
     return x
 
 
+def no_text(name: str, x: object) -> None:
+    """Raises where a prompt, or a list of them, stands for its embeddings."""
+    if isinstance(x, str) or (isinstance(x, list | tuple) and any(isinstance(text, str) for text in x)):
+        raise TypeError(
+            f"{name} must be text embeddings [B, n, text_dim], got text: encode it first, see "
+            "rfkernels.models.video.encode_prompts"
+        )
+
+
+def embeddings(name: str, x: object, device: torch.device | None = None) -> torch.Tensor:
+    """``x``, text embeddings ``[B, n, text_dim]`` on ``device``."""
+    no_text(name, x)
+    return tensor(name, x, 3, device)
+
+
 def shape(name: str, x: torch.Tensor, **sizes: int | None) -> None:
     """The dimensions of ``x`` in order; None: any size."""
     wanted = tuple(sizes.values())

@@ -262,3 +262,14 @@ def test_other_architectures_are_refused_at_once(changes, found, tmp_path):
 def test_a_model_of_more_input_channels_is_refused():
     with pytest.raises(ValueError, match=r"in_channels must equal out_channels=16.*got 36"):
         rf.models.CausalWanConfig(in_channels=36)
+
+
+def test_a_pipeline_of_two_transformers_is_not_half_read(tmp_path):
+    """Wan2.2-T2V-A14B: one for high and one for low noise."""
+    model = small(CPU, torch.float32)
+    for name in ("transformer", "transformer_2"):
+        save_checkpoint(model, tmp_path / name)
+    for call in (lambda: from_pretrained(tmp_path), lambda: load_checkpoint(model, tmp_path)):
+        with pytest.raises(ValueError, match=r"holds two.*transformer or .*transformer_2"):
+            call()
+    assert same(from_pretrained(tmp_path / "transformer_2"), model)

@@ -1,5 +1,7 @@
 """Text to a video file, with tiny random versions of the real VAE, text encoder and tokenizer saved to disk."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from memory import check_constant, memory
@@ -132,6 +134,68 @@ def test_prompts_are_padded_with_zeros():
     torch.testing.assert_close(embedded[:1, :3], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_a_stopped_command_leaves_a_partial_file(pipeline, tmp_path, capsys, monkeypatch):
+    """And what was there under the name before."""
+    (tmp_path / "x.mp4").write_text("before")
+    decode, calls = StreamingDecoder.decode, []
+
+    def stopped(self, latents):
+        calls.append(latents)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decode(self, latents)
+
+    monkeypatch.setattr(StreamingDecoder, "decode", stopped)
+    assert generate(pipeline, tmp_path / "x.mp4", frames=24) == 130
+    error = capsys.readouterr().err
+    assert "x.partial.mp4 holds the frames made so far" in error and "Traceback" not in error
+    assert (tmp_path / "x.mp4").read_text() == "before"
+    assert len(read(tmp_path / "x.partial.mp4")) == 9
+    monkeypatch.undo()
+    assert generate(pipeline, tmp_path / "x.mp4") == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["x.mp4"] and len(read(tmp_path / "x.mp4")) == 10
+
+
+def test_a_vae_that_tiles_or_slices_is_refused():
+    """The decoder calls the VAE's parts: it would do neither, and would need the memory that they save."""
+    for how in ("tiling", "slicing"):
+        vae = tiny_vae()
+        decoder = StreamingDecoder(vae)
+        getattr(vae, f"enable_{how}")()
+        with pytest.raises(ValueError, match=f"vae must have {how} off.*disable_{how}"):
+            StreamingDecoder(vae)
+        with pytest.raises(ValueError, match=f"vae must have {how} off.*disable_{how}"):
+            decoder.decode(torch.randn(1, 1, 16, 2, 2))
+        getattr(vae, f"disable_{how}")()
+        assert decoder.decode(torch.randn(1, 1, 16, 2, 2)).shape == (1, 1, 3, 16, 16)
+
+
+def test_a_vae_may_be_moved_offloaded_and_cast():
+    accelerate = pytest.importorskip("accelerate")
+    vae, latents = tiny_vae(), torch.randn(1, 2, 16, 2, 2)
+    expected = StreamingDecoder(tiny_vae().double()).decode(latents.double())
+    decoder = StreamingDecoder(vae)
+    vae.double()
+    torch.testing.assert_close(decoder.decode(latents), expected)
+    vae = tiny_vae().double()
+    seen = []
+    accelerate.cpu_offload_with_hook(vae, "cpu")
+    vae._hf_hook.pre_forward, own = lambda *a, **k: seen.append(1) or own(*a, **k), vae._hf_hook.pre_forward
+    torch.testing.assert_close(StreamingDecoder(vae).decode(latents), expected)
+    assert seen  # it is brought to its device, as its own decode does
+    with pytest.raises(ValueError, match="vae must hold its weights"):
+        StreamingDecoder(tiny_vae().to("meta"))
+
+
+def test_prompts_must_be_a_list():
+    tokenizer, encoder = tiny_text()
+    with pytest.raises(TypeError, match=r"prompts must be a list of texts, got one text.*\[prompt\]"):
+        encode_prompts(tokenizer, encoder, "a cat walks", 8)
+    expected = encode_prompts(tokenizer, encoder, ["a cat", "a"], 8)
+    tokenizer.padding_side = "left"
+    assert torch.equal(encode_prompts(tokenizer, encoder, ["a cat", "a"], 8), expected)
+
+
 def test_what_is_missing_is_said(pipeline, tmp_path, capsys, monkeypatch):
     def fails(message, *arguments, folder=pipeline, out=tmp_path / "x.mp4", **more):
         assert generate(folder, out, *arguments, **more) == 2
@@ -146,6 +210,10 @@ def test_what_is_missing_is_said(pipeline, tmp_path, capsys, monkeypatch):
     fails("at least 1", frames=0)
     fails("--weights must be", "--weights", str(tmp_path / "none.pt"))
     fails("existing folder", out=tmp_path / "no" / "x.mp4")
+    fails("--out must be a file that can be written", out=Path("/proc/x.mp4"))
+    fails("got the folder", out=tmp_path)
+    fails("--device must be one that is here", "--device", "cuda:99")
+    fails("--device must be one that is here", "--device", "gpu")
     fails("window_frames must be at least 3", "--window-frames", "2")
     other = CausalWan(CausalWanConfig(**{**CONFIG.__dict__, "dim": 64}))
     torch.save({"generator_ema": other.state_dict()}, tmp_path / "other.pt")

@@ -313,7 +313,7 @@ def test_bad_sizes(device):
     with pytest.raises(ValueError, match="window_frames"):
         ChunkMask(3, 3, 2)
     with pytest.raises(ValueError, match="first_chunk_frames"):
-        ChunkMask(3, 3, 6, 4)
+        ChunkMask(3, 3, 6, 7)
     model = small(device, checkpointing=True)
     latents, _, context, times = inputs(device)
     cache = model.make_cache(2, 4, 6, window_frames=7)
@@ -337,3 +337,69 @@ def test_schedule():
     for steps in ((), (500, 1000), (0,), (1001,)):
         with pytest.raises(ValueError, match="steps"):
             schedule.timesteps(steps)
+
+
+@pytest.mark.parametrize("teacher_forcing", [False, True])
+def test_a_first_chunk_as_long_as_the_window(teacher_forcing, device):
+    """Five frames, then three and three: a clip in one pass is a stream."""
+    model, mask = small(device), ChunkMask(3, 2, 5, first_chunk_frames=5)
+    latents, _, context, _ = inputs(device, frames=11)
+    cache = model.make_cache(2, 4, 6, sink_frames=2, window_frames=5, alpha=1.0)
+    expected = []
+    for chunk in latents.split([5, 3, 3], 1):
+        cache.begin_chunk(chunk.shape[1])
+        with torch.no_grad():
+            expected.append(model(chunk, 0.0, context, cache))
+    # Of clean clips that are like the noisy ones, at the same timestep, teacher forcing is that too.
+    clean = latents if teacher_forcing else None
+    got = model(latents, 0.0, context, mask=mask, clean=clean)
+    torch.testing.assert_close(got, torch.cat(expected, 1))
+
+
+def test_a_timestep_may_be_a_number(device):
+    model = small(device)
+    latents, clean, context, _ = inputs(device, frames=4)
+    for timestep in (500.0, 500, torch.tensor(500.0, device=device)):
+        expected = model(latents, torch.full((2, 4), 500.0, device=device), context)
+        assert torch.equal(model(latents, timestep, context), expected)
+    assert model(latents, 500.0, context, mask=ChunkMask(), clean=clean).shape == latents.shape
+    with pytest.raises(TypeError, match=r"timesteps must be a tensor.*or a number for all, got list"):
+        model(latents, [500.0, 500.0], context)
+
+
+@pytest.mark.parametrize("prompt", ["a cat", ["a cat", "a dog"]])
+def test_a_prompt_must_be_encoded(prompt, device):
+    model = small(device)
+    latents, _, _, times = inputs(device)
+    for call in (
+        lambda: model(latents, times, prompt),
+        lambda: model.encode_context(prompt),
+        lambda: rf.training.SelfForcingRollout(model)(prompt, 3, 4, 6),
+        lambda: rf.training.collect_trajectories(model, latents, prompt),
+    ):
+        with pytest.raises(TypeError, match=r"context must be text embeddings.*encode_prompts"):
+            call()
+
+
+def test_offloaded_by_accelerate(device):
+    """On a CPU that is slower and no smaller, but it is the same code."""
+    accelerate = pytest.importorskip("accelerate")
+    model = small(device)
+    latents, _, context, times = inputs(device)
+
+    def passes():
+        cache = model.make_cache(2, 4, 6, window_frames=7)
+        cache.begin_chunk(7)
+        with torch.no_grad():
+            return model(latents, times, model.encode_context(context), cache), model(latents, times, context)
+
+    expected = passes()
+    accelerate.cpu_offload(model, device)
+    assert model.patch_embedding.weight.is_meta and model.device == device
+    for a, b in zip(passes(), expected, strict=True):
+        assert torch.equal(a, b)
+    empty = small(device).to("meta")
+    for call in (lambda: empty(latents, times, context), lambda: empty.encode_context(context)):
+        with pytest.raises(ValueError, match=r"must hold its weights.*assign=True"):
+            call()
+    assert empty(latents.to("meta"), times.to("meta"), context.to("meta")).shape == latents.shape

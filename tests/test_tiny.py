@@ -186,6 +186,31 @@ def test_errors_of_the_command(trained, tmp_path, capsys):
     assert "another preset, 'seconds'" in capsys.readouterr().err
 
 
+def test_a_stopped_command_says_that_it_goes_on(tmp_path, capsys, monkeypatch):
+    step = phases.descend
+    calls = []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(phases, "descend", stopped)
+    command = ["train", "--preset", "seconds", "--phase", "teacher", "--out", str(tmp_path)]
+    assert __main__.main(command) == 130
+    error = capsys.readouterr().err
+    assert "the same command goes on" in error and "Traceback" not in error
+    assert __main__.main(command) == 0
+    assert list(json.loads((tmp_path / "run.json").read_text())["phases"]) == ["teacher"]
+
+
+def test_an_output_that_cannot_be_written(capsys):
+    assert __main__.main(["train", "--preset", "seconds", "--out", "/proc/x"]) == 2
+    error = capsys.readouterr().err
+    assert "--out must be a folder that can be written, got /proc/x" in error and error.count("\n") == 1
+
+
 def test_a_table_marks_what_differs():
     row = {name: [1.0, 2, 3, 4] for name in evaluate.METRICS}
     more = {name: [1.5, 2.6, 3.4, 4.5] for name in evaluate.METRICS}

@@ -225,12 +225,12 @@ def test_an_average_saved_without_the_frozen_weights_is_loaded(device, tmp_path)
 
 def test_what_could_not_be_loaded_is_not_saved(device, tmp_path):
     peft, numpy = pytest.importorskip("peft"), pytest.importorskip("numpy")
-    trainer = make(device, lr=numpy.float64(1e-3), num_frames=numpy.int64(5), alpha=torch.tensor([0.5, 0.9]))
+    trainer = make(device, lr=numpy.float64(1e-3), num_frames=numpy.int64(5), alpha=torch.tensor([0.5, 0.75]))
     save_trainer(trainer, tmp_path / "run", {"epoch": 1})
     for extra in ({"folder": tmp_path}, {"schedule": lambda step: 1.0}):
         with pytest.raises(ValueError, match="extra must be plain values"):
             save_trainer(trainer, tmp_path / "run", extra)
-    again = make(device, lr=1e-3, num_frames=5, alpha=[0.5, 0.9], steps=[1000, 500])
+    again = make(device, lr=1e-3, num_frames=5, alpha=[0.5, 0.75], steps=[1000, 500])
     assert load_trainer(again, tmp_path / "run") == {"epoch": 1}
     with pytest.raises(ValueError, match=r"blocks.0.self_attn.q must have a plain LoRA.*lora_magnitude_vector"):
         make(device, wrap=lambda m: peft.get_peft_model(m, peft.LoraConfig(r=2, target_modules=["q"], use_dora=True)))
@@ -406,6 +406,28 @@ def test_bad_input(device, tmp_path):
     ).items():  # fmt: skip
         with pytest.raises(ValueError, match=field.split("_")[-1]):
             ReDMDConfig(**{field: value})
+
+
+def test_batches_that_are_no_list_of_micro_batches(device):
+    trainer = make(device)
+    context, prompts = batches(0, (2,), device)[0]
+    for given, message in [
+        ((context, prompts), r"got one pair: give \[\(embeddings, prompts\)\]"),
+        (iter([(context, prompts)]), "got list_iterator"),
+        ({"context": context}, "got dict"),
+        ([context], "got .*Tensor"),
+        ([(context, "ab")], "one text as its prompts"),
+        ([("a cat", prompts)], "encode_prompts"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            trainer.step(given)
+        with pytest.raises(TypeError, match=message):
+            next(trainer.train(lambda step, given=given: given))
+    with pytest.raises(TypeError, match="data must be a function"):
+        next(trainer.train([(context, prompts)]))
+    with pytest.raises(TypeError, match=r"uncond must be text embeddings"):
+        rf.training.ReDMDTrainer(trainer.student, trainer.teacher, trainer.critic, "blurry")
+    assert trainer.step_index == 0
 
 
 def test_the_published_settings():

@@ -224,6 +224,10 @@ def _weights_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"path must be a folder, there is no {folder}")
     nested = folder / "transformer"
+    if (folder / "transformer_2").is_dir():
+        raise ValueError(
+            f"path must be of one model, {folder} holds two, for high and for low noise: give {nested} or {nested}_2"
+        )
     return nested if nested.is_dir() else folder
 
 

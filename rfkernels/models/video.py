@@ -17,15 +17,27 @@ class StreamingDecoder:
     video: several can share a VAE.
 
     Args:
-        vae: an ``AutoencoderKLWan``, on its device and in its dtype.
+        vae: an ``AutoencoderKLWan``, on its device and in its dtype, without tiling and slicing.
+
+    Raises:
+        ValueError: a VAE with options that would be ignored here.
     """
 
     def __init__(self, vae: Any):
-        self.vae, like = vae, dict(device=vae.device, dtype=vae.dtype)
-        self._mean, self._std = (
-            torch.tensor(c, **like)[:, None, None, None] for c in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        self.vae = vae
+        self._check()
         self.reset()
+
+    def _check(self) -> None:
+        """What would be ignored, or fail in the middle: the VAE's parts are called here, not its own decode."""
+        for how in ("tiling", "slicing"):
+            if getattr(self.vae, f"use_{how}", False):
+                raise ValueError(
+                    f"vae must have {how} off, which a decoder that keeps features from call to call does not do: "
+                    f"call vae.disable_{how}()"
+                )
+        if self.vae.device.type == "meta":
+            raise ValueError("vae must hold its weights, got them on the meta device: take offloading off first")
 
     def reset(self) -> None:
         """Starts another video."""
@@ -40,13 +52,17 @@ class StreamingDecoder:
         for the first one of a video. Latents are normalised, as the transformer has them.
 
         Raises:
-            ValueError: other channels than the VAE has.
+            ValueError: other channels than the VAE has; tiling or slicing of the VAE.
         """
-        config = self.vae.config
+        self._check()
+        hook = getattr(self.vae, "_hf_hook", None)
+        if hasattr(hook, "pre_forward"):  # offloaded: brought to its device, as before its own decode
+            hook.pre_forward(self.vae)
+        config, like = self.vae.config, dict(device=self.vae.device, dtype=self.vae.dtype)
         checks.tensor("latents", latents, 5)
         checks.shape("latents", latents, batch=None, frames=None, channels=config.z_dim, height=None, width=None)
-        x = latents.transpose(1, 2).to(self.vae.dtype)
-        x, frames = self.vae.post_quant_conv(x * self._std + self._mean), []
+        mean, std = (torch.tensor(c, **like)[:, None, None, None] for c in (config.latents_mean, config.latents_std))
+        x, frames = self.vae.post_quant_conv(latents.transpose(1, 2).to(**like) * std + mean), []
         for frame in x.split(1, 2):
             frames.append(self.vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=self._first))
             self._first = False
@@ -64,10 +80,17 @@ def encode_prompts(tokenizer: Any, encoder: Any, prompts: Sequence[str], text_le
 
     Args:
         tokenizer, encoder: of UMT5 (``AutoTokenizer``, ``UMT5EncoderModel``). Longer texts are cut.
+
+    Raises:
+        TypeError: one text in place of a list.
     """
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a list of texts, got one text: give [prompt]")
     # Runs of white space are one space, as in Wan.
     texts = [" ".join(prompt.split()) for prompt in prompts]
-    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=text_len, return_tensors="pt")
+    tokens = tokenizer(
+        texts, padding="max_length", truncation=True, max_length=text_len, padding_side="right", return_tensors="pt"
+    )
     ids, mask = tokens.input_ids.to(encoder.device), tokens.attention_mask.to(encoder.device)
     hidden = encoder(ids, attention_mask=mask).last_hidden_state
     return hidden.masked_fill(~mask.bool()[..., None], 0)

@@ -24,6 +24,7 @@ from ..contexts import Context
 from ..contract.requests import accumulate_dtype
 from ..rope import Rope3D
 from .config import CausalWanConfig
+from .norms import LayerNorm, RMSNorm
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 KV = tuple[torch.Tensor, torch.Tensor]
@@ -42,8 +43,8 @@ class MaskTokens(TypedDict):
 class ChunkMask:
     """What a full-sequence pass of a causal model sees: the chunks, sinks and window of a stream with alpha = 1.
 
-    chunk_frames: frames of a chunk; first_chunk_frames: of the first one, if shorter. sink_frames, window_frames (the
-    own chunk included): as in `EMASinkCache`.
+    chunk_frames: frames of a chunk; first_chunk_frames: of the first one, up to the window. sink_frames, window_frames
+    (the own chunk included): as in `EMASinkCache`.
     """
 
     chunk_frames: int = 3
@@ -56,7 +57,7 @@ class ChunkMask:
         checks.integer("sink_frames", self.sink_frames, 0)
         checks.integer("window_frames", self.window_frames, self.chunk_frames)
         if self.first_chunk_frames is not None:
-            checks.integer("first_chunk_frames", self.first_chunk_frames, 1, self.chunk_frames)
+            checks.integer("first_chunk_frames", self.first_chunk_frames, 1, self.window_frames)
 
     def tokens(self, frame_tokens: int) -> MaskTokens:
         """The arguments of `sink_window_attention`."""
@@ -83,31 +84,26 @@ def _teacher_forcing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Ro
     (clean_q, noisy_q), (clean_k, noisy_k), (clean_v, noisy_v) = (x.chunk(2, 1) for x in (q, k, v))
     clean = sink_window_attention(clean_q, clean_k, clean_v, **mask, rope=rope)
     past = sink_window_attention(noisy_q, clean_k, clean_v, **mask, rope=rope, own_chunk=False, return_lse=True)
-    only = mask | {"sink_tokens": 0, "window_tokens": mask["chunk_tokens"]}  # a window of one chunk: the own one
-    own = sink_window_attention(noisy_q, noisy_k, noisy_v, **only, rope=rope, return_lse=True)
-    noisy, _ = merge_attention(*past, *own)
+    noisy, _ = merge_attention(*past, *_own_chunk(noisy_q, noisy_k, noisy_v, rope, mask))
     return torch.cat([clean, noisy], 1)
 
 
-class RMSNorm(nn.Module):
-    """Over the whole width of all heads, in float32 (float64)."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        precision = accumulate_dtype(x.dtype)
-        return F.rms_norm(x.to(precision), x.shape[-1:], self.weight.to(precision), self.eps).to(x.dtype)
-
-
-class LayerNorm(nn.LayerNorm):
-    """In float32 (float64)."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        precision = accumulate_dtype(x.dtype)
-        weight, bias = (None if p is None else p.to(precision) for p in (self.weight, self.bias))
-        return F.layer_norm(x.to(precision), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+def _own_chunk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope3D, mask: MaskTokens) -> KV:
+    """Every chunk sees itself alone: (out, lse) with a window of one chunk. A first chunk longer than the others, which
+    that window would cut, is a call of its own; only differences of positions matter."""
+    first, chunk, tokens = mask["first_chunk_tokens"], mask["chunk_tokens"], q.shape[1]
+    parts = [(0, min(first, tokens), first), (first, tokens, chunk)] if first > chunk else [(0, tokens, chunk)]
+    results = [
+        sink_window_attention(
+            *(x[:, start:end] for x in (q, k, v)), sink_tokens=0, window_tokens=size, chunk_tokens=size,
+            first_chunk_tokens=min(first, size), rope=rope, return_lse=True,
+        )
+        for start, end, size in parts if start < end
+    ]  # fmt: skip
+    if len(results) == 1:
+        return results[0]
+    (out, lse), (more_out, more_lse) = results
+    return torch.cat([out, more_out], 1), torch.cat([lse, more_lse], 2)
 
 
 class Attention(nn.Module):
@@ -245,7 +241,11 @@ class CausalWan(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.patch_embedding.weight.device
+        """Where the model computes. (accelerate's offloading leaves the weights on the meta device between passes.)"""
+        weight = self.patch_embedding.weight
+        hook = getattr(self.patch_embedding, "_hf_hook", None) if weight.is_meta else None
+        device = getattr(hook, "execution_device", None)
+        return weight.device if device is None else torch.empty(0, device=device).device  # with its index
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens in a latent frame of ``height`` x ``width``.
@@ -286,7 +286,7 @@ class CausalWan(nn.Module):
     def forward(
         self,
         latents: torch.Tensor | None,
-        timesteps: torch.Tensor | None,
+        timesteps: torch.Tensor | float | None,
         context: torch.Tensor | Sequence[KV],
         cache: EMASinkCache | None = None,
         contexts: Sequence[Context] | None = None,
@@ -297,7 +297,7 @@ class CausalWan(nn.Module):
 
         Args:
             latents: ``[B, F, C, h, w]``, any h and w that the patches divide. None: see `encode_context`.
-            timesteps: in 0..1000, ``[B]``, or ``[B, F]`` with one for each frame.
+            timesteps: in 0..1000, ``[B]``, or ``[B, F]`` with one for each frame, or a number for all.
             context: text embeddings ``[B, n, text_dim]``, or what `encode_context` made of them.
             cache: streaming: the latents are the open chunk of this cache, which is written.
             contexts: the same as a pure function of ``[cache[i].context() for i in range(L)]``; for training.
@@ -312,6 +312,7 @@ class CausalWan(nn.Module):
             ValueError, TypeError: naming the argument; nothing is written then.
         """
         config = self.config
+        self._check_weights(context if latents is None else latents)
         if latents is None:
             embedded = self._embedded(context)
             return [block(None, None, None, embedded) for block in self.blocks]
@@ -395,14 +396,28 @@ class CausalWan(nn.Module):
             allowed = f"{batch} streams of {frames} open frames of {frame_tokens} tokens"
             raise ValueError(f"latents must have the cache's {allowed}, got {got[0]}, {got[1]} and {got[2]}")
 
+    def _check_weights(self, given: Any) -> None:
+        if self.device.type == "meta" and isinstance(given, torch.Tensor) and not given.is_meta:
+            raise ValueError(
+                "the model must hold its weights, got them on the meta device: load_checkpoint(model, path, "
+                "assign=True); to offload them, accelerate.cpu_offload(model, device)"
+            )
+
     def _check_latents(self, name: str, latents: torch.Tensor) -> torch.Size:
         checks.tensor(name, latents, 5, self.device)
         checks.shape(name, latents, B=None, F=None, C=self.config.in_channels, h=None, w=None)
         return latents.shape
 
-    def _check_timesteps(self, timesteps: torch.Tensor | None, batch: int, frames: int) -> torch.Tensor:
-        if timesteps is None:
-            raise TypeError("timesteps must be a tensor where latents are given, got None")
+    def _check_timesteps(self, timesteps: torch.Tensor | float | None, batch: int, frames: int) -> torch.Tensor:
+        if not isinstance(timesteps, torch.Tensor) and checks.is_real(timesteps):
+            timesteps = torch.full((batch,), float(timesteps), device=self.device)
+        if not isinstance(timesteps, torch.Tensor):
+            got = "None" if timesteps is None else type(timesteps).__name__
+            raise TypeError(
+                f"timesteps must be a tensor [B={batch}] or [B, F={frames}], or a number for all, got {got}"
+            )
+        if timesteps.dim() == 0:
+            timesteps = timesteps.expand(batch)
         if timesteps.shape == (batch,):
             timesteps = timesteps[:, None]
         if timesteps.shape not in ((batch, 1), (batch, frames)):
@@ -410,11 +425,12 @@ class CausalWan(nn.Module):
         return timesteps.expand(batch, frames)
 
     def _embedded(self, context: torch.Tensor | Sequence[KV], batch: int | None = None) -> torch.Tensor:
-        text = checks.tensor("context", context, 3, self.device)
+        text = checks.embeddings("context", context, self.device)
         checks.shape("context", text, batch=batch, tokens=None, text_dim=self.config.text_dim)
         return self.text_embedding(text.to(self.dtype))
 
     def _check_cached(self, context: Sequence[KV], batch: int) -> None:
+        checks.no_text("context", context)
         self._check_layers("context", context, "(k, v) of ")
         heads, head_dim = self.config.num_heads, self.config.head_dim
         for name, x in zip(("context's k", "context's v"), context[0], strict=True):

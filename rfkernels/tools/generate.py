@@ -90,6 +90,10 @@ def _check(args: argparse.Namespace) -> dict[str, Path]:
     ]
     if lacking:
         raise UsageError(f"{args.model} must be laid out like a diffusers Wan pipeline, it lacks {'; '.join(lacking)}")
+    if args.weights is None and (args.model / "transformer_2").is_dir():
+        raise UsageError(
+            f"{args.model} holds two transformers, for high and for low noise; generate runs one: --weights"
+        )
     if args.weights is not None and not args.weights.exists():
         raise UsageError(f"--weights must be a file or folder, there is no {args.weights}")
     if args.frames < 1 or args.fps < 1:
@@ -175,19 +179,27 @@ def write_video(path: Path, chunks: Iterator[torch.Tensor], fps: int, frames: in
     Raises:
         ValueError: a suffix that stands for no format that holds H.264.
     """
-    import av
-
     left = math.inf if frames is None else frames
     with finished(path) as partial:
         container, stream = _open_video(partial, fps)
         with container:
-            for chunk in chunks:
-                pixels = ((chunk.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
-                if not stream.codec_context.is_open:
-                    stream.height, stream.width = pixels.shape[1:3]
-                for image in pixels[: min(len(pixels), left)].numpy():
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-                left -= len(pixels)
-                if left <= 0:
-                    break
-            container.mux(stream.encode())
+            try:
+                for chunk in chunks:
+                    pixels = ((chunk.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                    left -= _encode_frames(container, stream, pixels.permute(0, 2, 3, 1).cpu(), left)
+                    if left <= 0:
+                        break
+            finally:  # also of what was stopped: the encoder still holds frames
+                if stream.codec_context.is_open:
+                    container.mux(stream.encode())
+
+
+def _encode_frames(container: OutputContainer, stream: VideoStream, pixels: torch.Tensor, limit: float) -> int:
+    """Encodes uint8 ``[n, H, W, 3]``, at most ``limit`` of them; returns n."""
+    import av
+
+    if not stream.codec_context.is_open:
+        stream.height, stream.width = pixels.shape[1:3]
+    for image in pixels[: int(min(len(pixels), limit))].numpy():
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+    return len(pixels)

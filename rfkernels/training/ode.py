@@ -48,6 +48,9 @@ def collect_trajectories(
     if steps[0] != 1000:
         raise ValueError(f"steps must begin with 1000, pure noise, got {steps[0]}")
     checks.tensor("noise", noise, 5)
+    checks.embeddings("context", context)
+    if uncond is not None:
+        checks.embeddings("uncond", uncond)
     checks.integer("solver_steps", solver_steps, len(steps))
     x, kept = noise, [noise]
     for start, end in itertools.pairwise(grid):

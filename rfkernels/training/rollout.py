@@ -97,7 +97,7 @@ class SelfForcingRollout:
             ValueError, TypeError: naming the argument.
         """
         model = self.model
-        checks.tensor("context", context, 3, model.device)
+        checks.embeddings("context", context, model.device)
         checks.integer("num_frames", num_frames, 1)
         batch, channels = len(context), model.config.in_channels
         if initial is not None:

@@ -79,7 +79,7 @@ class ReDMDTrainer:
                 if own != got:
                     raise ValueError(f"{name} must have the student's {size}={own}, got {got}")
         if uncond is not None:
-            checks.tensor("uncond", uncond, 3, self.device)
+            checks.embeddings("uncond", uncond, self.device)
             checks.shape("uncond", uncond, batch=1, tokens=None, text_dim=teacher.config.text_dim)
         self.student, self.teacher, self.critic = student, teacher.requires_grad_(False).eval(), critic
         self.uncond, self.reward, self.decode = uncond, reward, decode
@@ -145,6 +145,11 @@ class ReDMDTrainer:
 
         data: the micro-batches of a step by its number, so that a resumed run sees the same.
         """
+        if not callable(data):
+            raise TypeError(
+                f"data must be a function of the step's number that returns its micro-batches, a list of (embeddings, "
+                f"prompts), got {type(data).__name__}"
+            )
         while self.step_index < (self.config.total_steps if steps is None else steps):
             yield self.step(data(self.step_index))
 
@@ -278,10 +283,23 @@ class ReDMDTrainer:
         return torch.cat(everyone)
 
     def _check_batches(self, name: str, batches: Sequence[Batch]) -> None:
+        wanted = f"{name} must be a list of micro-batches, each a pair (embeddings [B, n, text_dim], prompts)"
+        if not isinstance(batches, list | tuple):
+            raise TypeError(f"{wanted}, got {type(batches).__name__}")
+        if len(batches) == 2 and not isinstance(batches[0], list | tuple):
+            raise TypeError(f"{wanted}, got one pair: give [(embeddings, prompts)]")
         if len(batches) != self.config.accumulation:
             raise ValueError(f"{name} must be accumulation={self.config.accumulation} of them, got {len(batches)}")
-        for context, prompts in batches:
-            checks.tensor(f"{name}' context", context, 3, self.device)
+        for batch in batches:
+            if not isinstance(batch, list | tuple) or len(batch) != 2 or isinstance(batch[1], str):
+                got = (
+                    "one text as its prompts"
+                    if isinstance(batch, list | tuple) and len(batch) == 2
+                    else repr(type(batch))
+                )
+                raise TypeError(f"{wanted}, got {got}")
+            context, prompts = batch
+            checks.embeddings(f"{name}' context", context, self.device)
             size = len(batches[0][0])
             text_dim = self.student.config.text_dim
             checks.shape(f"{name}' context", context, batch=size, tokens=None, text_dim=text_dim)
