@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def sink_window_attention(
     *,
     sink_tokens: int,
     window_tokens: int | None,
-    chunk_tokens: int = 1,
+    chunk_tokens: int | Sequence[int] = 1,
     first_chunk_tokens: int | None = None,
     own_chunk: bool = True,
     rope: Rope3D | None = None,
@@ -125,7 +126,8 @@ def sink_window_attention(
     Args:
         q: ``[B, N_q, H_q, D]``; k, v: ``[B, N_k, H_kv, D]``; N_q <= N_k, H_kv divides H_q. Any floating dtypes; scores
             are computed with q and k rounded to v's.
-        sink_tokens: >= 0; window_tokens: >= 1, or None for no limit; chunk_tokens: >= 1.
+        sink_tokens: >= 0; window_tokens: >= 1, or None for no limit; chunk_tokens: >= 1, or the length of every
+            chunk, which add up to N_k (a call for each; any partition).
         first_chunk_tokens: >= 1, if the first chunk has another length.
         own_chunk: False hides the query's own chunk (the clean-context half of teacher forcing, to be joined by
             `merge_attention`). A query that sees nothing gets zeros and lse = -inf.
@@ -145,6 +147,11 @@ def sink_window_attention(
     batch, queries, _, head_dim = q.shape
     checks.shape("k", k, batch=batch, tokens=None, heads=None, head_dim=head_dim)
     checks.shape("v", v, batch=batch, tokens=k.shape[1], heads=k.shape[2], head_dim=head_dim)
+    if isinstance(chunk_tokens, Sequence):
+        lengths = _chunk_lengths(chunk_tokens, first_chunk_tokens, k.shape[1], queries)
+        options = dict(sink_tokens=sink_tokens, window_tokens=window_tokens, own_chunk=own_chunk, rope=rope)
+        result = _chunk_by_chunk(q, k, v, lengths, options | dict(scale=scale, backend=backend))
+        return result if return_lse else result[0]
     checks.heads(q, k.shape[2])
     if queries > k.shape[1]:
         raise ValueError(
@@ -162,6 +169,39 @@ def sink_window_attention(
     else:
         out, lse = ops.sink_window_attention(request, choice.backend, backward.backend)
     return (out, lse) if return_lse else out
+
+
+def _chunk_lengths(lengths: Sequence[int], first: int | None, keys: int, queries: int) -> list[int]:
+    checked = [checks.integer("chunk_tokens", length, 1) for length in lengths]
+    if first is not None:
+        raise ValueError(f"first_chunk_tokens must be None where every chunk's length is given, got {first}")
+    if sum(checked) != keys or queries > keys:
+        raise ValueError(
+            f"chunk_tokens must add up to the {keys} tokens of k, of which q has the last, got {sum(checked)} and "
+            f"{queries} queries"
+        )
+    return checked
+
+
+def _chunk_by_chunk(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], options: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A call for each chunk, on the keys up to its end: for its queries what is before it is one first chunk."""
+    outs, lses, begin, first_query = [], [], 0, k.shape[1] - q.shape[1]
+    for length in lengths:
+        end = begin + length
+        rows = q[:, max(begin - first_query, 0) : max(end - first_query, 0)]
+        if rows.shape[1]:
+            out, lse = sink_window_attention(
+                rows, k[:, :end], v[:, :end], chunk_tokens=length, first_chunk_tokens=begin or length,
+                return_lse=True, **options,
+            )  # fmt: skip
+            outs.append(out)
+            lses.append(lse)
+        begin = end
+    if not outs:
+        return q.new_zeros(q.shape, dtype=v.dtype), q.new_zeros(len(q), q.shape[2], 0, dtype=accumulate_dtype(v.dtype))
+    return torch.cat(outs, 1), torch.cat(lses, 2)
 
 
 def _window_mask(

@@ -97,6 +97,20 @@ def number(name: str, value: object, low: float, high: float, open_low: bool = F
     return float(value)
 
 
+def chunks(chunk_frames: int | Sequence[int], first_chunk_frames: int | None, window_frames: int) -> None:
+    """Frames of a chunk, or of one chunk after another, and of a stream's first one; the window holds each."""
+    listed = list(chunk_frames) if isinstance(chunk_frames, Sequence) else [chunk_frames]
+    if not listed or (isinstance(chunk_frames, Sequence) and first_chunk_frames is not None):
+        raise ValueError(
+            f"chunk_frames must be one length, or a list of them without first_chunk_frames, got {chunk_frames!r} and "
+            f"first_chunk_frames={first_chunk_frames!r}"
+        )
+    longest = max(integer("chunk_frames", frames, 1) for frames in listed)
+    integer("window_frames", window_frames, longest)
+    if first_chunk_frames is not None:
+        integer("first_chunk_frames", first_chunk_frames, 1, window_frames)
+
+
 def scale(value: float | None, head_dim: int) -> float:
     """The softmax scale; default ``head_dim ** -0.5``."""
     if value is None:

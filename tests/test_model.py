@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import rfkernels as rf
-from rfkernels.models import CausalWan, CausalWanConfig, ChunkMask
+from rfkernels.models import CausalWan, CausalWanConfig, ChunkMask, StreamSettings
 
 SMALL = dict(
     dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_channels=4, out_channels=4, patch_size=(1, 2, 2), text_dim=16,
@@ -403,3 +403,19 @@ def test_offloaded_by_accelerate(device):
         with pytest.raises(ValueError, match=r"must hold its weights.*assign=True"):
             call()
     assert empty(latents.to("meta"), times.to("meta"), context.to("meta")).shape == latents.shape
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_a_mask_of_listed_chunks(clean, device):
+    """Any partition; equal to a first chunk and the others where it is that."""
+    model = small(device)
+    video = torch.randn(1, 7, model.config.in_channels, 4, 4, device=device)
+    prompt = torch.randn(1, 6, model.config.text_dim, device=device)
+    given = {"clean": torch.randn_like(video)} if clean else {}
+    masks = (ChunkMask((1, 3, 3), 2, 4), ChunkMask(3, 2, 4, first_chunk_frames=1))
+    listed, plain = (model(video, torch.tensor([500.0], device=device), prompt, mask=mask, **given) for mask in masks)
+    torch.testing.assert_close(listed, plain)
+    assert StreamSettings(chunk_frames=(1, 2, 3), window_frames=4).chunks(12) == [1, 2, 3, 3, 3]
+    assert StreamSettings(chunk_frames=(1, 2, 3), window_frames=4).chunks(4, frames_so_far=2) == [1, 3]
+    with pytest.raises(ValueError, match="chunk_frames must be one length, or a list"):
+        ChunkMask((1, 3), first_chunk_frames=1)

@@ -347,6 +347,31 @@ def test_an_empty_batch(group, backend):
         assert all(x.shape[0] == 0 for x in torch.autograd.grad(out.sum() + lse.sum(), (q, k, v)))
 
 
+@pytest.mark.parametrize("lengths", [[4, 12, 8, 4], [8, 8, 12], [28]], ids=str)
+@pytest.mark.parametrize("queries", [28, 13])
+def test_chunks_of_any_lengths_equal_a_stream(lengths, queries):
+    """With a static sink: as chunks of these frames in turn; and as chunks of one length where they are that."""
+    q, k, v = qkv(28)
+    options = dict(sink_tokens=8, rope=rf.Rope3D(16, 2, 2))
+    q = q[:, 28 - queries :]
+    out = rf.sink_window_attention(q, k, v, window_tokens=28, chunk_tokens=lengths, **options)
+    cache = make(alpha=1.0, window_frames=7)
+    begin, streamed = 0, []
+    for length in lengths:
+        at = slice(begin, begin + length)
+        cache.begin_chunk(length // 4)
+        streamed.append(rf.streaming_attention(qkv(28)[0][:, at], k[:, at], v[:, at], cache[0]))
+        begin += length
+    torch.testing.assert_close(out, torch.cat(streamed, 1)[:, 28 - queries :])
+    for own in (True, False):
+        options |= dict(window_tokens=12, own_chunk=own, return_lse=True)
+        listed = rf.sink_window_attention(q, k, v, chunk_tokens=[8, 4, 4, 4, 4, 4], **options)
+        plain = rf.sink_window_attention(q, k, v, chunk_tokens=4, first_chunk_tokens=8, **options)
+        torch.testing.assert_close(listed, plain)
+    with pytest.raises(ValueError, match=r"chunk_tokens must add up to the 28 tokens of k.* got 27"):
+        rf.sink_window_attention(q, k, v, window_tokens=8, chunk_tokens=[20, 7], sink_tokens=0)
+
+
 def test_dense_attention_and_merging_extend_a_stream():
     """Reference tokens beside the cache: as if their keys had been in it."""
     q, k, v = qkv(8)
@@ -405,6 +430,7 @@ def test_attention_goes_on_without_torchs_private_kernel(monkeypatch):
         for name in TORCH_BACKENDS:
             cache = make(batch_size=2)
             cache.begin_chunk(2, samples=[1])
+            cache[0].write(*(torch.cat([x, x]) for x in qkv(seed=7)[1:]))
             with rf.use_backend(name), torch.profiler.profile() as profile:
                 for seed in range(4):
                     cache.begin_chunk(2)

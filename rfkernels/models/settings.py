@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ class StreamSettings:
 
     Args:
         steps: falling, unshifted, within (0, 1000]; shift: see `FlowMatchSchedule`.
-        chunk_frames: latent frames of a chunk; first_chunk_frames: of the very first one, e.g. 1.
+        chunk_frames: latent frames of a chunk, or of one chunk after another, the last for all that follow;
+            first_chunk_frames: of the very first one, e.g. 1.
         sink_frames, window_frames, alpha: of the cache; the window holds at least a chunk.
         context_noise: timestep in 0..1000 (shifted) of the pass over the clean chunk. As published it sets the timestep
             only; with add_context_noise the chunk is also mixed with noise to that level.
@@ -29,7 +31,7 @@ class StreamSettings:
 
     steps: Sequence[float] = (1000, 750, 500, 250)
     shift: float = 5.0
-    chunk_frames: int = 3
+    chunk_frames: int | Sequence[int] = 3
     first_chunk_frames: int | None = None
     sink_frames: int = 3
     window_frames: int = 6
@@ -39,10 +41,7 @@ class StreamSettings:
 
     def __post_init__(self) -> None:
         checks.integer("sink_frames", self.sink_frames, 0)
-        checks.integer("chunk_frames", self.chunk_frames, 1)
-        checks.integer("window_frames", self.window_frames, self.chunk_frames)
-        if self.first_chunk_frames is not None:
-            checks.integer("first_chunk_frames", self.first_chunk_frames, 1, self.window_frames)
+        checks.chunks(self.chunk_frames, self.first_chunk_frames, self.window_frames)
         checks.number("context_noise", self.context_noise, 0, 1000)
         self.schedule.timesteps(self.steps)
 
@@ -66,7 +65,12 @@ class StreamSettings:
         """Frames of the next chunk of a stream."""
         if frames_so_far == 0 and self.first_chunk_frames is not None:
             return self.first_chunk_frames
-        return self.chunk_frames
+        if isinstance(self.chunk_frames, int):
+            return self.chunk_frames
+        for end in accumulate(self.chunk_frames):
+            if end > frames_so_far:
+                return end - frames_so_far
+        return self.chunk_frames[-1]
 
     def chunks(self, num_frames: int, frames_so_far: int = 0) -> list[int]:
         """How ``num_frames`` further frames of a stream are cut into chunks; the last may be short."""

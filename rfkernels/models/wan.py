@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypedDict
 
 import torch
@@ -35,38 +36,35 @@ class MaskTokens(TypedDict):
 
     sink_tokens: int
     window_tokens: int
-    chunk_tokens: int
-    first_chunk_tokens: int
+    chunk_tokens: int | list[int]
+    first_chunk_tokens: int | None
 
 
 @dataclass(frozen=True)
 class ChunkMask:
     """What a full-sequence pass of a causal model sees: the chunks, sinks and window of a stream with alpha = 1.
 
-    chunk_frames: frames of a chunk; first_chunk_frames: of the first one, up to the window. sink_frames, window_frames
-    (the own chunk included): as in `EMASinkCache`.
+    chunk_frames: frames of a chunk, or of every chunk of the clip; first_chunk_frames: of the first one, up to the
+    window. sink_frames, window_frames (the own chunk included): as in `EMASinkCache`.
     """
 
-    chunk_frames: int = 3
+    chunk_frames: int | Sequence[int] = 3
     sink_frames: int = 3
     window_frames: int = 6
     first_chunk_frames: int | None = None
 
     def __post_init__(self) -> None:
-        checks.integer("chunk_frames", self.chunk_frames, 1)
         checks.integer("sink_frames", self.sink_frames, 0)
-        checks.integer("window_frames", self.window_frames, self.chunk_frames)
-        if self.first_chunk_frames is not None:
-            checks.integer("first_chunk_frames", self.first_chunk_frames, 1, self.window_frames)
+        checks.chunks(self.chunk_frames, self.first_chunk_frames, self.window_frames)
 
     def tokens(self, frame_tokens: int) -> MaskTokens:
         """The arguments of `sink_window_attention`."""
-        first = self.chunk_frames if self.first_chunk_frames is None else self.first_chunk_frames
+        chunk, first = self.chunk_frames, self.first_chunk_frames
         return {
             "sink_tokens": self.sink_frames * frame_tokens,
             "window_tokens": self.window_frames * frame_tokens,
-            "chunk_tokens": self.chunk_frames * frame_tokens,
-            "first_chunk_tokens": first * frame_tokens,
+            "chunk_tokens": chunk * frame_tokens if isinstance(chunk, int) else [n * frame_tokens for n in chunk],
+            "first_chunk_tokens": None if first is None else first * frame_tokens,
         }
 
 
@@ -91,19 +89,24 @@ def _teacher_forcing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Ro
 def _own_chunk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Rope3D, mask: MaskTokens) -> KV:
     """Every chunk sees itself alone: (out, lse) with a window of one chunk. A first chunk longer than the others, which
     that window would cut, is a call of its own; only differences of positions matter."""
-    first, chunk, tokens = mask["first_chunk_tokens"], mask["chunk_tokens"], q.shape[1]
-    parts = [(0, min(first, tokens), first), (first, tokens, chunk)] if first > chunk else [(0, tokens, chunk)]
+    chunk, tokens = mask["chunk_tokens"], q.shape[1]
+    if isinstance(chunk, list):
+        parts = [(end - size, end, size, size) for size, end in zip(chunk, accumulate(chunk), strict=True)]
+    else:
+        first = mask["first_chunk_tokens"] or chunk
+        parts = [(0, min(first, tokens), first, first), (first, tokens, chunk, chunk)]
+        parts = parts if first > chunk else [(0, tokens, chunk, first)]
     results = [
         sink_window_attention(
             *(x[:, start:end] for x in (q, k, v)), sink_tokens=0, window_tokens=size, chunk_tokens=size,
-            first_chunk_tokens=min(first, size), rope=rope, return_lse=True,
+            first_chunk_tokens=first, rope=rope, return_lse=True,
         )
-        for start, end, size in parts if start < end
+        for start, end, size, first in parts if start < end
     ]  # fmt: skip
     if len(results) == 1:
         return results[0]
-    (out, lse), (more_out, more_lse) = results
-    return torch.cat([out, more_out], 1), torch.cat([lse, more_lse], 2)
+    outs, lses = zip(*results, strict=True)
+    return torch.cat(outs, 1), torch.cat(lses, 2)
 
 
 class Attention(nn.Module):
