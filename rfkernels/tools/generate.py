@@ -115,6 +115,7 @@ def _importable(module: str) -> bool:
 def _generate(args: argparse.Namespace, folders: dict[str, Path]) -> None:
     from diffusers import AutoencoderKLWan
 
+    partial_path(args.out).unlink(missing_ok=True)  # of an earlier command, which is not to pass for this one's
     device = chosen_device(args.device)
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     # float32, as in Wan

@@ -224,7 +224,9 @@ def _torch_names(whole: ModuleType, model: nn.Module) -> dict[str, str]:
 
 
 def _renamed_moments(state: dict[str, Any], renamed: Any) -> dict[str, Any]:
-    """An optimiser's state dict with other names of the weights."""
+    """An optimiser's state dict with other names of the weights; of ranks other than the first it is empty."""
+    if not state:
+        return {}
     return {
         "state": {renamed(name): x for name, x in state["state"].items()},
         "param_groups": [g | {"params": [renamed(name) for name in g["params"]]} for g in state["param_groups"]],
