@@ -367,3 +367,13 @@ def test_video_that_goes_on_is_cut_as_the_stream_is(device):
     sampler.cache.begin_chunk = lambda frames, *a, **k: (seen.append(frames), begin(frames, *a, **k))[1]
     sampler.extend(torch.randn(1, 7, *sampler.shape, device=device), prompt(sampler.model))
     assert seen == [1, 3, 3]
+
+
+def test_a_text_and_a_wrapped_model(device):
+    model = small(device)
+    wrapped = make(torch.nn.DataParallel(model))
+    assert wrapped.model is model
+    with pytest.raises(TypeError, match="context must be text embeddings .* got text: encode it first"):
+        wrapped.stream("a cat")
+    with pytest.raises(TypeError, match="model must be a CausalWan, .* got Linear"):
+        make(torch.nn.Linear(2, 2))

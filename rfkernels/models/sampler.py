@@ -13,6 +13,7 @@ from ..contract.requests import accumulate_dtype
 from ..draws import Generators, draw, keyed_generator
 from .settings import StreamSettings
 from .wan import KV, CausalWan
+from .wrappers import unwrapped
 
 TextContext = torch.Tensor | Sequence[KV]  # embeddings [B, n, text_dim], or what CausalWan.encode_context made of them
 
@@ -53,6 +54,7 @@ class StreamingSampler:
         **options: Any,
     ):
         settings, cache_options = StreamSettings.split({"steps": steps, "shift": shift} | options)
+        model = unwrapped("model", model)
         self.model, self.settings, self.schedule = model, settings, settings.schedule
         self.timesteps = self.schedule.timesteps(settings.steps)
         batch_size = checks.integer("batch_size", batch_size, 1)
@@ -227,6 +229,7 @@ class StreamingSampler:
     @torch.no_grad()
     def _encoded(self, context: TextContext | None) -> Sequence[KV]:
         """The prompt's keys and values: anew where a prompt is given, or where weights have changed since."""
+        checks.no_text("context", context)
         given = self._given if context is None else context
         if given is None:
             raise ValueError("context must be given for the first chunk")
