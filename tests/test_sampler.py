@@ -373,7 +373,7 @@ def test_a_text_and_a_wrapped_model(device):
     model = small(device)
     wrapped = make(torch.nn.DataParallel(model))
     assert wrapped.model is model
-    with pytest.raises(TypeError, match="context must be text embeddings .* got text: encode it first"):
+    with pytest.raises(TypeError, match=r"context must be text embeddings .* got text: encode it first"):
         wrapped.stream("a cat")
-    with pytest.raises(TypeError, match="model must be a CausalWan, .* got Linear"):
+    with pytest.raises(TypeError, match=r"model must be a CausalWan, .* got Linear"):
         make(torch.nn.Linear(2, 2))
