@@ -71,11 +71,13 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def unsupported(operation: str, dtype: torch.dtype, head_dim: int | None) -> str | None:
-    """Why the kernels do not serve an operation on tensors like these, or None. All serve the same ones."""
+    """Why the kernels do not serve an operation on tensors like these, or None."""
     if dtype not in _DTYPES:
         return f"the Triton kernels serve float16, bfloat16 and float32, got {dtype}"
     if head_dim is not None and head_dim not in _HEAD_DIMS:
         return f"the Triton kernels serve a head_dim that is a multiple of 16 in 32..256, got {head_dim}"
+    if dtype == torch.bfloat16 and "attention" in operation and interpreted():
+        return "Triton's interpreter forms wrong products of bfloat16 matrices"
     return None
 
 
