@@ -217,8 +217,8 @@ def test_a_bad_pass_changes_nothing(change, error, message, device):
 
 
 BAD_CALLS = [
-    (lambda c: c.begin_chunk(0), ValueError, "frames must be in 1..3, got 0"),
-    (lambda c: c.begin_chunk(4), ValueError, "frames must be in 1..3, got 4"),
+    (lambda c: c.begin_chunk(0), ValueError, "frames must be in 1..5, got 0"),
+    (lambda c: c.begin_chunk(4), ValueError, r"frames must be in 1..3 once frames are evicted .*got 4"),
     (lambda c: c.begin_chunk(2.0), TypeError, "frames must be an integer, got 2.0"),
     (lambda c: c.begin_chunk(2, reopen=3), ValueError, r"reopen must be at most min\(frames=2, .*got 3"),
     (lambda c: c.begin_chunk(2, reopen=-1), ValueError, "reopen must be at least 0, got -1"),
@@ -239,7 +239,7 @@ BAD_CALLS = [
     (
         lambda c: c.load_state_dict(c.state_dict() | {"open_frames": 9}),
         ValueError,
-        "open_frames.*must be in 0..3, got 9",
+        "open_frames.*must be in 0..5, got 9",
     ),
     (lambda c: c.load_state_dict(c.state_dict() | {"ages": [1]}), ValueError, "ages.* must have 2 entries, got 1"),
     (lambda c: rf.use_backend("magic").__enter__(), ValueError, "backend must be .*, got 'magic'"),

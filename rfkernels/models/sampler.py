@@ -66,8 +66,8 @@ class StreamingSampler:
         self.dtype, self.shape = accumulate_dtype(model.dtype), (model.config.in_channels, height, width)
         self.cache = model.make_cache(batch_size, height, width, **settings.cache, **cache_options)
         self._given: TextContext | None = None  # the prompt in force
-        self._keys: Sequence[KV] | None = None  # of it, by weights of the versions `_encoded_by`
-        self._encoded_by: tuple[int, ...] = ()
+        self._keys: Sequence[KV] | None = None  # of it, by weights and prompt of the versions `_encoded_by`
+        self._encoded_by: tuple[tuple[int, ...], int] = ((), 0)
         self.seed = 0
         self._forget()
 
@@ -149,7 +149,7 @@ class StreamingSampler:
             checks.integer("num_frames", num_frames, 1)
         if seed is not None:
             self.seed = checks.integer("seed", seed, 0)
-        self._encoded(context)
+        self._encoded(context, anew=context is not None)
         if initial is not None:
             self.extend(initial)
         return self._stream(num_frames, progress)
@@ -171,7 +171,7 @@ class StreamingSampler:
         Raises:
             ValueError, TypeError: as `step`.
         """
-        latents, kv = self._latents("latents", latents), self._encoded(context)
+        latents, kv = self._latents("latents", latents), self._encoded(context, anew=context is not None)
         for chunk in latents.split(self.settings.chunks(latents.shape[1], self.frames), 1):
             self._begin(chunk.shape[1])
             self._finish(chunk, kv, self._noise(chunk.shape[1]))
@@ -184,7 +184,7 @@ class StreamingSampler:
             next chunk sees, no longer speak of the old one (as LongLive does). The sink stays as it is, but for frames
             that have not left the window.
         """
-        kv, window = self._encoded(context), self._recent
+        kv, window = self._encoded(context, anew=True), self._recent
         if self._unfinished:
             raise ValueError("the last chunk has failed: run step again, or restore a snapshot, before switching")
         if recompute and window.shape[1]:
@@ -227,19 +227,19 @@ class StreamingSampler:
             yield draw(torch.randn, size, own, self.cache.device, torch.float32).to(self.dtype)
 
     @torch.no_grad()
-    def _encoded(self, context: TextContext | None) -> Sequence[KV]:
-        """The prompt's keys and values: anew where a prompt is given, or where weights have changed since."""
+    def _encoded(self, context: TextContext | None, anew: bool = False) -> Sequence[KV]:
+        """The prompt's keys and values; kept for as long as the prompt and the weights are the same."""
         checks.no_text("context", context)
         given = self._given if context is None else context
         if given is None:
             raise ValueError("context must be given for the first chunk")
-        weights = self._weights()
-        if context is not None or self._keys is None or weights != self._encoded_by:
+        state = (self._weights(), given._version if isinstance(given, torch.Tensor) and not given.is_inference() else 0)
+        if anew or self._keys is None or given is not self._given or state != self._encoded_by:
             batch = given.shape[0] if isinstance(given, torch.Tensor) else given[0][0].shape[0]
             if batch != len(self.streams):
                 raise ValueError(f"context must have batch_size={len(self.streams)}, got {batch}")
             keys = self.model.encode_context(given) if isinstance(given, torch.Tensor) else given
-            self._given, self._keys, self._encoded_by = given, keys, weights
+            self._given, self._keys, self._encoded_by = given, keys, state
         return self._keys
 
     def _weights(self) -> tuple[int, ...]:
