@@ -54,10 +54,10 @@ def streaming_attention(
     cache._check_chunk(q=q, k=k, v=v)
     checks.not_in_backward("streaming_attention")
     scale = checks.scale(scale, cache.head_dim)
-    if transforms.in_func():
+    transformed = transforms.active(q, k, v)
+    if transformed and transforms.in_func():
         raise RuntimeError("streaming_attention writes into a cache: within torch.func use chunk_attention")
-    wants_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if wants_grad or transforms.active(q, k, v):
+    if transformed or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         result = chunk_attention(q, k, v, layer.context(), scale, return_lse, backend)
         layer.write(k, v, backend)
         return result

@@ -16,18 +16,16 @@ from . import backends
 
 def in_func() -> bool:
     """Whether a transform of torch.func (grad, jvp, vmap, ...) is under way."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def active(*tensors: torch.Tensor) -> bool:
     """Whether the call must be made of plain torch operations."""
     if torch.compiler.is_compiling():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_func():
         return True
-    if forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def run(operation: str, request: tuple[Any, ...], backend: str, device: torch.device) -> Any:

@@ -124,9 +124,8 @@ def _body(name: str, operation: Operation) -> Callable[..., Any]:
                 result = run(build(flat))
         else:
             result = run(build(flat))
-        for index in written:
-            if flat[index] is not None:
-                torch.autograd.graph.increment_version(flat[index])
+        if written:
+            torch.autograd.graph.increment_version([flat[i] for i in written if flat[i] is not None])
         return result
 
     return body
