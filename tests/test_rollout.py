@@ -192,3 +192,16 @@ def test_bad_input(device):
         collect_trajectories(model, torch.zeros(1, 2, 4, 4, 6), context, steps=(750, 250))
     with pytest.raises(ValueError, match="trajectories must be"):
         ode_regression_loss(model, torch.zeros(2, 4, 4, 4, 4, 6), context, ChunkMask(2, 1, 3))
+
+
+def test_a_loss_of_trajectories_cuts_a_clip_as_masks_do(device):
+    """Frames of one chunk are at one timestep, also where chunks are listed."""
+    model, steps = small(device), (1000, 500)
+    trajectories = torch.randn(2, 3, 6, model.config.in_channels, 4, 4, dtype=torch.float64, device=device)
+    seen = []
+    handle = model.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    for mask in (ChunkMask((1, 2, 3), 1, 3), ChunkMask(3, 1, 5, first_chunk_frames=4)):
+        ode_regression_loss(model, trajectories, prompts(device), mask, steps=steps)
+    handle.remove()
+    for times, lengths in zip(seen, ([1, 2, 3], [4, 2]), strict=True):
+        assert all(len(set(chunk.tolist())) == 1 for row in times for chunk in row.split(lengths))

@@ -63,18 +63,30 @@ class StreamSettings:
 
     def next_chunk(self, frames_so_far: int) -> int:
         """Frames of the next chunk of a stream."""
-        if frames_so_far == 0 and self.first_chunk_frames is not None:
-            return self.first_chunk_frames
-        if isinstance(self.chunk_frames, int):
-            return self.chunk_frames
-        for end in accumulate(self.chunk_frames):
-            if end > frames_so_far:
-                return end - frames_so_far
-        return self.chunk_frames[-1]
+        return next_chunk(self.chunk_frames, self.first_chunk_frames, frames_so_far)
 
     def chunks(self, num_frames: int, frames_so_far: int = 0) -> list[int]:
         """How ``num_frames`` further frames of a stream are cut into chunks; the last may be short."""
-        lengths: list[int] = []
-        while (left := num_frames - sum(lengths)) > 0:
-            lengths.append(min(left, self.next_chunk(frames_so_far + sum(lengths))))
-        return lengths
+        return cut(self.chunk_frames, self.first_chunk_frames, num_frames, frames_so_far)
+
+
+def next_chunk(chunk_frames: int | Sequence[int], first_chunk_frames: int | None, frames_so_far: int) -> int:
+    """Frames of the chunk that begins after ``frames_so_far`` frames; the last listed one serves all that follow."""
+    if frames_so_far == 0 and first_chunk_frames is not None:
+        return first_chunk_frames
+    if isinstance(chunk_frames, int):
+        return chunk_frames
+    for end in accumulate(chunk_frames):
+        if end > frames_so_far:
+            return end - frames_so_far
+    return chunk_frames[-1]
+
+
+def cut(
+    chunk_frames: int | Sequence[int], first_chunk_frames: int | None, num_frames: int, frames_so_far: int = 0
+) -> list[int]:
+    """The one way in which a clip is cut: for streams, rollouts, masks and losses."""
+    lengths: list[int] = []
+    while (left := num_frames - sum(lengths)) > 0:
+        lengths.append(min(left, next_chunk(chunk_frames, first_chunk_frames, frames_so_far + sum(lengths))))
+    return lengths

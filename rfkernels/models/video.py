@@ -55,7 +55,7 @@ class StreamingDecoder:
             ValueError: other channels than the VAE has; tiling or slicing of the VAE.
         """
         self._check()
-        hook = getattr(self.vae, "_hf_hook", None)
+        hook: Any = getattr(self.vae, "_hf_hook", None)
         if hasattr(hook, "pre_forward"):  # offloaded: brought to its device, as before its own decode
             hook.pre_forward(self.vae)
         config, like = self.vae.config, dict(device=self.vae.device, dtype=self.vae.dtype)

@@ -11,6 +11,7 @@ from .. import checks
 from ..draws import Generators, draw
 from ..losses.flow import squared_error
 from ..losses.schedule import FlowMatchSchedule
+from ..models.settings import cut
 from ..models.wan import ChunkMask
 from .guidance import guided_flow, predict_clean
 
@@ -99,8 +100,8 @@ def ode_regression_loss(
     sizes = dict(batch=None, states=len(times) + 1, frames=None, channels=None, height=None, width=None)
     checks.shape("trajectories", trajectories, **sizes)
     batch, _, frames = trajectories.shape[:3]
-    first = mask.chunk_frames if mask.first_chunk_frames is None else mask.first_chunk_frames
-    chunk = torch.tensor([0 if f < first else 1 + (f - first) // mask.chunk_frames for f in range(frames)])
+    lengths = torch.tensor(cut(mask.chunk_frames, mask.first_chunk_frames, frames))
+    chunk = torch.arange(len(lengths)).repeat_interleave(lengths)
     uniform = draw(torch.rand, (batch, int(chunk[-1]) + 1), generator, "cpu", torch.float32)
     index = (uniform * len(times)).long()[:, chunk].to(trajectories.device)  # [B, F]
     noisy = trajectories[
