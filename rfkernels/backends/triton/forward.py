@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .ranges import keys_of_queries, open_chunk, sees
 from .rotation import query_phases, rotate_tile
-from .tiling import LN_2, LOG2_E, columns_of, dot, keys_of_segment, load_tile, narrow, tile_of
+from .tiling import LN_2, LOG2_E, columns_of, dot, key_values_of, load_tile, narrow, tile_of
 
 
 class Softmax(NamedTuple):
@@ -31,7 +31,7 @@ def _sweep(
 ):  # fmt: skip
     """Keys [begin, end) of one segment, in tiles.
 
-    MASKED: nothing is seen or loaded from ``bounds.limit`` on, and with ROW_BOUNDS a row sees [low, high) only.
+    MASKED: nothing is seen or loaded from ``bounds.end`` on, and with ROW_BOUNDS a row sees [low, high) only.
     Otherwise every row sees every key and the loop holds no mask (but for the padding of a head).
     """
     acc, total, top = softmax
@@ -44,7 +44,7 @@ def _sweep(
     v_base = held.v.first + tl.cast(begin, tl.int64) * held.v.step
     for key in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         if MASKED:
-            loads = (key + within < bounds.limit)[:, None]
+            loads = (key + within < bounds.end)[:, None]
             keys = tl.load(k_base + k_offsets, mask=loads & columns.k.exist[None, :], other=0.0)
         elif PADDED:
             keys = tl.load(k_base + k_offsets, mask=columns.k.exist[None, :], other=0.0)
@@ -159,13 +159,18 @@ def forward_kernel(
         tl.zeros([BLOCK_M, 8], tl.float32),
         tl.full([BLOCK_M], float("-inf"), tl.float32),
     )
+    held = key_values_of(cached, sample, head // GROUP)
     DTYPE: tl.constexpr = cached.k.data.dtype.element_ty
     tile_q = _load_queries(q, tile, columns.k, chunk, frames, rope, mask, queries, keys, DTYPE, TWO_FRAMES, D, BLOCK_D)
     # Unrolled: sweeps inside another loop would take the accumulator's layout from it, and convert it in every
     # iteration (sm_100).
     for segment in tl.static_range(1 if mask is None and own is None else 2):
-        held = keys_of_segment(cached, own, segment, sample, head // GROUP)
-        bounds = keys_of_queries(tile, segment, chunk, mask, queries, keys, share, BLOCK_M, BLOCK_N, SHARES)
+        if own is not None:
+            if segment == 1:
+                held = key_values_of(own, sample, head // GROUP)
+        bounds = keys_of_queries(
+            tile, segment, chunk, frames.tokens, mask, queries, keys, share, BLOCK_M, BLOCK_N, SHARES
+        )
         softmax = _sweep_segment(
             softmax, tile_q, held, columns, bounds, scale * LOG2_E, mask is not None, D != BLOCK_D, BLOCK_N, STAGES
         )

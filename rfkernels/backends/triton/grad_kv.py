@@ -48,7 +48,7 @@ def _sweep_queries(
     count = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M)
     row, head_row = begin, 0  # in the head; of all rows, the head's first
     for _ in tl.range(0, count * GROUP, num_stages=STAGES):
-        q_loads, g_loads, loads = columns.k.exist[None, :], columns.v.exist[None, :], row + within < bounds.limit
+        q_loads, g_loads, loads = columns.k.exist[None, :], columns.v.exist[None, :], row + within < bounds.end
         if MASKED:
             q_loads, g_loads = loads[:, None] & q_loads, loads[:, None] & g_loads
         lse, delta, grad_lse = _load_terms(incoming, head_row + row, within, loads, MASKED)

@@ -8,7 +8,7 @@ import triton.language as tl
 from .ranges import keys_of_queries, open_chunk, sees
 from .rotation import query_phases, rotate_tile
 from .structs import Terms
-from .tiling import LOG2_E, columns_of, dot, keys_of_segment, load_tile, narrow, tile_of
+from .tiling import LOG2_E, columns_of, dot, key_values_of, load_tile, narrow, tile_of
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _sweep_keys(
     for key in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         k_loads, v_loads = columns.k.exist[None, :], columns.v.exist[None, :]
         if MASKED:
-            loads = (key + within < bounds.limit)[:, None]
+            loads = (key + within < bounds.end)[:, None]
             k_loads, v_loads = loads & k_loads, loads & v_loads
         keys = tl.load(k_base + k_offsets, mask=k_loads, other=0.0)
         values = tl.load(v_base + v_offsets, mask=v_loads, other=0.0)
@@ -97,8 +97,11 @@ def grad_q_kernel(
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for segment in tl.static_range(2):
         tl.debug_barrier()  # keeps what the two segments share from being computed once and kept
-        held = keys_of_segment(cached, own, segment, sample, head // GROUP)
-        bounds = keys_of_queries(tile, segment, chunk, mask, queries, keys, 0, BLOCK_M, BLOCK_N, 1)
+        held = key_values_of(cached, sample, head // GROUP)
+        if own is not None:
+            if segment == 1:
+                held = key_values_of(own, sample, head // GROUP)
+        bounds = keys_of_queries(tile, segment, chunk, frames.tokens, mask, queries, keys, 0, BLOCK_M, BLOCK_N, 1)
         if APART and segment == 1:
             tile_q = load_tile(sink_q, tile, columns.k)
         else:

@@ -71,7 +71,7 @@ def open_chunk(frames, sample, queries, SEPARATE: tl.constexpr):
         before = tl.minimum(seen, frames.capacity)
         if SEPARATE:
             before = tl.maximum(before - count, 0)
-        return Chunk(seen - count, tl.maximum(count - seen, 0) * frames.tokens, before * frames.tokens)
+        return Chunk(seen - count, tl.maximum(count - seen, 0) * frames.tokens, before)
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def _without_mask(begin, end, inner_begin, inner_end, BLOCK: tl.constexpr):
 
 @triton.jit
 def keys_of_queries(
-    tile, segment, chunk, mask, queries, keys, share, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    tile, segment, chunk, frame_tokens, mask, queries, keys, share, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SHARES: tl.constexpr,
 ):  # fmt: skip
     """The `Bounds` of a tile of queries through a segment of the keys, or through one of SHARES equal parts of it."""
@@ -107,18 +107,17 @@ def keys_of_queries(
         )
     else:
         begin = chunk.missing * segment
-        end = chunk.before
+        end = chunk.before * frame_tokens
         if segment == 1:
             end = queries
         end = tl.where(tile.first + BLOCK_M <= chunk.missing, begin, end)  # nobody here to attend
         inner_begin, inner_end = begin, end
-    limit = end
     if SHARES > 1:  # whole tiles but for the last
         size = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N), SHARES) * BLOCK_N
         begin = begin + share * size
         end = tl.minimum(end, begin + size)
     start, stop = _without_mask(begin, end, inner_begin, inner_end, BLOCK_N)
-    return Bounds(begin, start, stop, end, limit, low, high)
+    return Bounds(begin, start, stop, end, low, high)
 
 
 @triton.jit
@@ -143,7 +142,7 @@ def queries_of_keys(tile, segment, chunk, mask, queries, keys, BLOCK_M: tl.const
         low = tile.row * 0 + chunk.missing
         high = tile.row * 0 + queries
     start, stop = _without_mask(begin, end, inner_begin, inner_end, BLOCK_M)
-    return Bounds(begin, start, stop, end, end, low, high)
+    return Bounds(begin, start, stop, end, low, high)
 
 
 @triton.jit
@@ -152,4 +151,4 @@ def sees(bounds, index, ROW_BOUNDS: tl.constexpr):
     if ROW_BOUNDS:
         return (index >= bounds.low[:, None]) & (index < bounds.high[:, None])
     else:
-        return index < bounds.limit
+        return index < bounds.end

@@ -96,7 +96,7 @@ class Tile(NamedTuple):
 class Chunk(NamedTuple):
     """The open chunk of one stream: its first frame's number, and how many of its first tokens do not exist.
 
-    Tokens are missing where a stream is younger than the chunk; then first_frame is negative. before: tokens of the
+    Tokens are missing where a stream is younger than the chunk; then first_frame is negative. before: frames of the
     cache that come before the chunk's own keys (all valid ones, where the chunk's keys are in the cache).
     """
 
@@ -116,14 +116,13 @@ class Tokens(NamedTuple):
 class Bounds(NamedTuple):
     """What a tile sweeps in one segment, keys or queries: [begin, end), of which [start, stop) needs no mask.
 
-    limit: nothing exists from here on. Row r of the tile sees [low[r], high[r]).
+    end lies whole tiles after begin, or where nothing more exists. Row r of the tile sees [low[r], high[r]).
     """
 
     begin: Any
     start: Any
     stop: Any
     end: Any
-    limit: Any
     low: Any
     high: Any
 

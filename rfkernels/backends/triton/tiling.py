@@ -40,13 +40,8 @@ def tokens_of(x, sample, head):
 
 
 @triton.jit
-def keys_of_segment(cached, own, segment, sample, head):
-    """Keys and values of a head: a chunk's own are its second segment."""
-    held = cached
-    if own is not None:
-        if segment == 1:
-            held = own
-    return KeyValues(tokens_of(held.k, sample, head), tokens_of(held.v, sample, head))
+def key_values_of(x, sample, head):
+    return KeyValues(tokens_of(x.k, sample, head), tokens_of(x.v, sample, head))
 
 
 @triton.jit
