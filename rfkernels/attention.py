@@ -157,8 +157,8 @@ def sink_window_attention(
         raise ValueError(
             f"q must have at most as many tokens as k, {k.shape[1]}, got {queries} (dense_attention takes any number)"
         )
-    mask = _window_mask(k.shape[1], sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, own_chunk, rope)
     checks.rope(rope, head_dim)
+    mask = _window_mask(k.shape[1], sink_tokens, window_tokens, chunk_tokens, first_chunk_tokens, own_chunk, rope)
     tables = None if rope is None else rope.tables(q.device, v.dtype)
     request = WindowAttention(q, k, v, mask, tables, checks.scale(scale, head_dim))
     kind = (q.device, v.dtype, head_dim, backend)

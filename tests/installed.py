@@ -14,7 +14,10 @@ import torch
 import rfkernels as rf
 from rfkernels import native
 
-CUDA_OPERATORS = ("begin_chunk", "write", "rotate", "redmd_loss", "attention_forward", "attention_backward")
+CUDA_OPERATORS = (
+    *("rfkernels_native::" + name for name in ("begin_chunk", "write", "rotate", "streaming_attention", "redmd_loss")),
+    *("rfkernels_cuda::" + name for name in ("attention_forward", "attention_backward")),
+)
 
 
 def run(backend: str) -> list[torch.Tensor]:
@@ -40,7 +43,7 @@ def loaded_cuda() -> str:
     """What is registered for CUDA tensors; it raises where the library, or one of its parts, did not load."""
     assert native.cuda_missing is None, native.cuda_missing
     for name in CUDA_OPERATORS:
-        found = torch._C._dispatch_has_kernel_for_dispatch_key(f"rfkernels_native::{name}", "CUDA")
+        found = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
         assert found, f"{name} has no CUDA kernel"
     if torch.cuda.is_available():
         return f"CUDA: {rf.explain_backends('cuda')['cuda']}"

@@ -160,7 +160,7 @@ BAD_CONSTRUCTION = [
 ]
 
 
-@pytest.mark.parametrize("changes, error, message", BAD_CONSTRUCTION, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize("changes, error, message", BAD_CONSTRUCTION)
 def test_bad_construction(changes, error, message):
     with pytest.raises(error, match=message):
         make("cpu", **changes)
@@ -197,7 +197,7 @@ BAD_PASSES = [
 ]
 
 
-@pytest.mark.parametrize("change, error, message", BAD_PASSES, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize("change, error, message", BAD_PASSES)
 def test_a_bad_pass_changes_nothing(change, error, message, device):
     cache = make(device)
     stream(cache, 3)
@@ -246,7 +246,7 @@ BAD_CALLS = [
 ]
 
 
-@pytest.mark.parametrize("call, error, message", BAD_CALLS, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize("call, error, message", BAD_CALLS)
 def test_a_bad_call_changes_nothing(call, error, message, device):
     cache = make(device)
     stream(cache, 3)

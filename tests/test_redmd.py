@@ -217,7 +217,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("changes, error, message", BAD, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize("changes, error, message", BAD)
 def test_bad_input(changes, error, message):
     options = {name: torch.zeros(2, 3) for name in ("x", "fake", "real_cond", "real_uncond")}
     options |= dict(weight=torch.ones(2)) | changes
@@ -236,7 +236,7 @@ BAD_OF_THE_MODULE = [
 ]
 
 
-@pytest.mark.parametrize("changes, error, message", BAD_OF_THE_MODULE, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize("changes, error, message", BAD_OF_THE_MODULE)
 def test_bad_input_of_the_module(changes, error, message):
     options = {name: torch.zeros(2, 3) for name in ("x", "fake", "real_cond", "real_uncond")}
     options |= dict(reward=torch.ones(2)) | changes

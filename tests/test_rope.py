@@ -68,7 +68,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("options, error, message", BAD, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize("options, error, message", BAD)
 def test_bad_input(options, error, message):
     with pytest.raises(error, match=message):
         rf.Rope3D(**options)
