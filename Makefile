@@ -11,11 +11,14 @@ NVCC := "cuda-toolkit[nvcc,cccl]==13.0.*"
 demo: $(VENV)/.installed
 	$(BIN)/python -m rfkernels demo --out demo_output
 
+# A process for each core, each of which takes the tests of another when its own are done.
+PARALLEL := -n auto --dist worksteal
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m rfkernels bench

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from ptx import emulator
 from ptx.compile import find_nvcc, nvcc_ptx
 
@@ -19,13 +20,15 @@ def sources_digest() -> str:
 def cuda_ptx(name: str) -> str:
     """The PTX of ``csrc/cuda/<name>.cu``, of the oldest architecture that it is for."""
     arch = "sm_90a" if "/sm90/" in name else "sm_80"
-    kept = KEPT / f"{name.replace('/', '_')}.{arch}.{sources_digest()}.ptx"
-    if not kept.exists():
-        KEPT.mkdir(parents=True, exist_ok=True)
-        for old in KEPT.glob(f"{name.replace('/', '_')}.{arch}.*.ptx"):
-            old.unlink(missing_ok=True)
-        kept.write_text(nvcc_ptx(str(ROOT / "csrc" / "cuda" / f"{name}.cu"), arch))
-    return kept.read_text()
+    stem = f"{name.replace('/', '_')}.{arch}"
+    kept = KEPT / f"{stem}.{sources_digest()}.ptx"
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with FileLock(KEPT / f"{stem}.lock"):  # tests run in several processes
+        if not kept.exists():
+            for old in KEPT.glob(f"{stem}.*.ptx"):
+                old.unlink(missing_ok=True)
+            kept.write_text(nvcc_ptx(str(ROOT / "csrc" / "cuda" / f"{name}.cu"), arch))
+        return kept.read_text()
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from cuda.conftest import cuda_ptx
+from filelock import FileLock
 from ptx import compile as ptx_compile
 from ptx import emulator
 
@@ -99,14 +100,15 @@ def _library() -> Path:
         "-DRF_KERNELS_BY_NAME",
     ]
     library = BUILD / f"host-{_digest([*sources, *CSRC.rglob('*.h')], torch.__version__, *flags)}.so"
-    if not library.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        fresh = library.with_suffix(f".{os.getpid()}")
-        _run(
-            [os.environ.get("CXX", "g++"), *flags, "-isystem", torch_folder / "include", "-I", CSRC, *sources,
-             "-L", torch_folder / "lib", "-ltorch_cpu", "-lc10", "-o", fresh]
-        )  # fmt: skip
-        os.replace(fresh, library)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(BUILD / "lock"):  # tests run in several processes
+        if not library.exists():
+            fresh = library.with_suffix(".new")
+            _run(
+                [os.environ.get("CXX", "g++"), *flags, "-isystem", torch_folder / "include", "-I", CSRC, *sources,
+                 "-L", torch_folder / "lib", "-ltorch_cpu", "-lc10", "-o", fresh]
+            )  # fmt: skip
+            os.replace(fresh, library)
     return library
 
 

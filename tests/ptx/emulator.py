@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 SOURCES = Path(__file__).parent / "src"
 BUILD = Path(__file__).parents[2] / "build" / "ptx_emulator"
@@ -102,10 +103,19 @@ def _run(command: list) -> None:
 
 @cache
 def build():
-    """The extension module, compiled if a source is newer than its object."""
+    """The extension module, compiled if a source is newer than its object; once, though tests run in processes."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with FileLock(BUILD / "lock"):
+        module = _compile()
+    spec = importlib.util.spec_from_file_location("ptx_emulator", module)
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    return extension
+
+
+def _compile() -> Path:
     import pybind11
 
-    BUILD.mkdir(parents=True, exist_ok=True)
     headers = max(path.stat().st_mtime for path in SOURCES.glob("*.h"))
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     jobs, objects = [], []
@@ -121,10 +131,7 @@ def build():
         list(pool.map(_run, jobs))
     if jobs or not module.exists():
         _run([_compiler(), "-shared", *objects, "-o", module])
-    spec = importlib.util.spec_from_file_location("ptx_emulator", module)
-    extension = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(extension)
-    return extension
+    return module
 
 
 class _Memory:
