@@ -24,6 +24,10 @@ pytest.importorskip("triton")
 )
 def test_in_the_interpreter(module):
     """Triton decides at import whether it interprets; this process must not, or every test would run interpreted."""
+    from rfkernels.backends.triton import _interpreter_fault
+
+    if reason := _interpreter_fault():
+        pytest.skip(reason)
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-rs", str(Path(__file__).parent / module), "-k", "triton"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)

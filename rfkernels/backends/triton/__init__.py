@@ -42,6 +42,18 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
+@functools.cache
+def _interpreter_fault() -> str | None:
+    """Why the interpreter of this Triton does not work here, or None."""
+    import numpy
+    import triton
+
+    versions = [tuple(int(x) for x in module.__version__.split(".")[:2]) for module in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        return f"the interpreter of Triton {triton.__version__} needs numpy < 2.4, here is {numpy.__version__}"
+    return None
+
+
 @functools.cache  # a search of the file system
 def _found() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -58,7 +70,9 @@ def unavailable(device: torch.device) -> str | None:
     if not _installed():
         return "Triton is not installed (pip install triton)"
     if device.type == "cpu":
-        return None if interpreted() else "on a CPU only in Triton's interpreter: set TRITON_INTERPRET=1 before import"
+        if not interpreted():
+            return "on a CPU only in Triton's interpreter: set TRITON_INTERPRET=1 before import"
+        return _interpreter_fault()
     if device.type != "cuda":
         return f"Triton kernels here are for CUDA devices, not {device.type}"
     if interpreted():

@@ -15,6 +15,10 @@ import triton
 from ..plan import key_shares
 from .launch import padded
 
+_BEFORE_3_7 = tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 7)
+# Below 3.7 the compiler puts no fence between what cp.async writes to shared memory and wgmma's reads of it (sm_90).
+COPIES_ARE_FENCED = not _BEFORE_3_7
+
 _INTERPRETER_PROCESSORS = 8  # so that small tests both split and do not
 
 
@@ -56,8 +60,10 @@ def forward_tile(
     if dtype == torch.float32:
         # Exact products are scalar multiply-adds. With one stage ptxas gathers whole rows of both operands and spills;
         # so it does with 32 keys beside row bounds at 128 columns, and 64 rows leave one block an SM.
-        few = block_d > 128 or (block_d, use) == (128, "window")
+        few = block_d > 128 or (block_d == 128 and (use == "window" or (shared and _BEFORE_3_7)))
         return TileSize(32, 16 if few else 32, 4, 2)
+    if arch == 90 and not COPIES_ARE_FENCED:
+        return _through_registers(block_d)
     if block_d <= 64:
         return TileSize(128, 64, 8, 2)  # 4 warps spill
     if block_d == 128:
@@ -66,6 +72,11 @@ def forward_tile(
         rows = 32 if (arch, use, rope) == (90, "window", True) else 64  # 64 rows spill there
         return TileSize(rows, 64, 8, 2)
     return TileSize(32, 32, 8, 2) if use == "window" else TileSize(64, 32, 8, 2)  # row bounds: 64 rows spill
+
+
+def _through_registers(block_d: int) -> TileSize:
+    """For sm_90 without fences: one stage is copied by way of registers, and those stores are fenced."""
+    return TileSize(128 if block_d <= 128 else 64, 64, 8, 1)
 
 
 def _keys_for_128_columns(arch: int, head_dim: int, dtype: torch.dtype, use: str, *, rope: bool, shared: bool) -> int:
@@ -87,6 +98,11 @@ def backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str,
 
     short: frames of fewer than 64 tokens, so that every element of a tile may have an angle of its own.
     """
+    tile = _backward_tile(arch, head_dim, dtype, use, of, short=short)
+    return tile._replace(stages=1) if arch == 90 and not COPIES_ARE_FENCED else tile
+
+
+def _backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str, of: str, *, short: bool) -> TileSize:
     block_d = padded(head_dim)
     if arch is None:
         return TileSize(32, 32, 4, 1)
