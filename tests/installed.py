@@ -56,7 +56,8 @@ def loaded_cuda() -> str:
 if __name__ == "__main__":
     loops, *cuda = sys.argv[1:]
     assert Path(rf.__file__).is_relative_to(sys.prefix), f"not the installed package: {rf.__file__}"
-    if importlib.util.find_spec("rfkernels_extras"):
+    extras = importlib.util.find_spec("rfkernels_extras") is not None
+    if extras:
         importlib.import_module("rfkernels_extras.benchmarks.command")  # of python -m rfkernels bench
         assert streams.load().config.dim == 256  # of python -m rfkernels demo
     assert loops in rf.explain_backends("cpu")["sdpa"], rf.explain_backends("cpu")["sdpa"]
@@ -64,4 +65,5 @@ if __name__ == "__main__":
     for ours, exact in zip(results["sdpa"], results["reference"], strict=True):
         torch.testing.assert_close(ours, exact)
     print(f"torch {torch.__version__}: {' and '.join(results)} agree, forward and backward, with {loops}")
+    print(f"{'with' if extras else 'without'} the demo's model and the benchmarks")
     print(loaded_cuda() if cuda else f"no CUDA kernels: {native.cuda_missing}")
