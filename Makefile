@@ -6,7 +6,7 @@ TORCH ?= torch
 # nvcc from pip, so that no system CUDA is needed to compile the CUDA kernels.
 NVCC := "cuda-toolkit[nvcc,cccl]==13.0.*"
 
-.PHONY: demo test test-slow bench lint wheel clean
+.PHONY: demo test test-quick test-slow bench lint docs wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m rfkernels demo --out demo_output
@@ -14,11 +14,20 @@ demo: $(VENV)/.installed
 # A process for each core, each of which takes the tests of another when its own are done.
 PARALLEL := -n auto --dist worksteal
 
+# At the end: the twenty slowest tests, and what was skipped and why (tests/skips.py).
+PYTEST := PYTHONPATH=tests $(BIN)/python -m pytest -p skips --durations=20
+# What one runs while working: public functions, cache, model and build; no kernel is compiled or emulated.
+QUICK := $(addprefix tests/test_,$(addsuffix .py,backends build cache checkpoints chunk_attention flow_matching geometry \
+	imports ops plan redmd rope skips streaming window))
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(PYTEST) $(PARALLEL)
+
+test-quick: $(VENV)/.installed
+	$(PYTEST) $(PARALLEL) $(QUICK)
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
+	$(PYTEST) $(PARALLEL) -m "slow or not slow"
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m rfkernels bench
@@ -28,6 +37,12 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
+	$(BIN)/codespell $$(git ls-files ':!*.json' ':!*.svg' ':!*.ptx' ':!*.png' ':!*.safetensors')
+
+# The site, in build/site; a warning, or a link that leads nowhere, is an error. Pictures are drawn anew before.
+docs: $(VENV)/.docs
+	$(BIN)/python docs/ring.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # One wheel for every Python, tagged with the oldest glibc that auditwheel finds it to load beside, and one with the demo's
 # weights and the benchmarks. The date of the last commit stands in for that of the build: the same bytes each time.
@@ -48,9 +63,13 @@ $(VENV)/.tools: pyproject.toml
 	$(BIN)/pip install -q $(NVCC) || echo "no nvcc from pip: CUDA kernels are left out"
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.tools
+	$(BIN)/pip install -q "mkdocs-material>=9.6" "mkdocstrings[python]>=1.0"
+	touch $@
+
 # Of the CUDA kernels only what CI needs is compiled here; `make wheel` compiles all. Editable: tests and benchmarks run
 # on the sources; the compiled part is built in place.
-SOURCES := $(shell git ls-files csrc CMakeLists.txt setup.py 2>/dev/null)
+SOURCES := $(shell git ls-files cmake csrc CMakeLists.txt setup.py 2>/dev/null)
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0+PTX}" RFKERNELS_HEAD_DIMS="$${RFKERNELS_HEAD_DIMS:-64 128}" \
 		$(BIN)/pip install -q --no-build-isolation -e ".[test,demo,bench]"

@@ -1,8 +1,8 @@
 """The pages: every Python block of the README and of docs/ runs, and every link leads somewhere.
 
-Blocks of a page run one after another in a fresh interpreter, in a folder of their own. What a reader would have (weights,
-data) is made before by a comment of the page that starts with ``<!-- for tests``. The blocks of docs/migrate.md are lines
-of tests/test_migrate.py, which compares and runs them.
+Blocks of a page run one after another in a fresh interpreter, in a folder of their own. What a reader would have
+(weights, data) is made before, by a comment of the page that starts with ``<!-- for tests``. Those of docs/migrate.md
+are lines of tests/test_migrate.py, which compares and runs them.
 """
 
 import re

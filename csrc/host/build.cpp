@@ -6,12 +6,16 @@
 #define RF_EXPORT __attribute__((visibility("default")))
 #endif
 
+// torch_version: built against; it runs on every torch from torch_target on. cuda: "" for a CPU-only build, and then
+// cuda_reason says why. cuda_architectures: "8.0, 9.0+PTX". cuda_head_dims: of the attention kernels, "64, 128".
+// clang-format off
 extern "C" RF_EXPORT const char* rfkernels_build() {
-  return "torch_version=" RF_TORCH_VERSION  // built against; runs on every torch from torch_target on
-         "\ntorch_target=" RF_TORCH_TARGET  //
-         "\ncompiler=" RF_COMPILER
-         "\ncuda=" RF_CUDA_VERSION                      // "" for a CPU-only build
-         "\ncuda_architectures=" RF_CUDA_ARCHITECTURES  // "8.0, 9.0+PTX"
-         "\ncuda_head_dims=" RF_CUDA_HEAD_DIMS          // of the attention kernels, "64, 128"
-         "\ncuda_reason=" RF_CUDA_REASON;               // why there is no CUDA code, "" where there is
+  return "torch_version=" RF_TORCH_VERSION "\n"
+         "torch_target=" RF_TORCH_TARGET "\n"
+         "compiler=" RF_COMPILER "\n"
+         "cuda=" RF_CUDA_VERSION "\n"
+         "cuda_architectures=" RF_CUDA_ARCHITECTURES "\n"
+         "cuda_head_dims=" RF_CUDA_HEAD_DIMS "\n"
+         "cuda_reason=" RF_CUDA_REASON;
 }
+// clang-format on
