@@ -6,7 +6,12 @@ TORCH ?= torch
 # nvcc from pip, so that no system CUDA is needed to compile the CUDA kernels.
 NVCC := "cuda-toolkit[nvcc,cccl]==13.0.*"
 
-.PHONY: demo test test-quick test-slow bench lint docs wheel clean
+# Of the GPU that is here: its architecture, all head sizes. Else only what CI needs; `make wheel` compiles all.
+GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | sed 's/^9\.0$$/9.0a/')
+$(VENV)/.installed: export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU),8.0+PTX)
+$(VENV)/.installed: export RFKERNELS_HEAD_DIMS ?= $(if $(GPU),64 80 96 128 256,64 128)
+
+.PHONY: demo test test-quick test-slow bench gpu-check gpu-library lint docs wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m rfkernels demo --out demo_output
@@ -31,6 +36,18 @@ test-slow: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m rfkernels bench
+
+# What a GPU is asked first; it uses the running environment, for there need be no network to make another.
+MINUTES ?= 8
+OUT ?= gpu_check
+gpu-check:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_check --minutes $(MINUTES) --out $(OUT)
+
+# The kernel library for another machine, in place (rfkernels/rfkernels_kernels.so): for any Python, for torch >= 2.10.
+ARCH ?= 9.0a
+gpu-library: $(VENV)/.tools
+	TORCH_CUDA_ARCH_LIST="$(ARCH)" RFKERNELS_HEAD_DIMS="64 80 96 128 256" $(BIN)/python setup.py -q build_ext --inplace
+	ls -l rfkernels/*.so
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
@@ -67,12 +84,10 @@ $(VENV)/.docs: $(VENV)/.tools
 	$(BIN)/pip install -q "mkdocs-material>=9.6" "mkdocstrings[python]>=1.0"
 	touch $@
 
-# Of the CUDA kernels only what CI needs is compiled here; `make wheel` compiles all. Editable: tests and benchmarks run
-# on the sources; the compiled part is built in place.
+# Editable: tests and benchmarks run on the sources; the compiled part is built in place.
 SOURCES := $(shell git ls-files cmake csrc CMakeLists.txt setup.py 2>/dev/null)
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
-	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0+PTX}" RFKERNELS_HEAD_DIMS="$${RFKERNELS_HEAD_DIMS:-64 128}" \
-		$(BIN)/pip install -q --no-build-isolation -e ".[test,demo,bench]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[test,demo,bench]"
 	touch $@
 
 clean:
