@@ -45,7 +45,9 @@ def test_global_memory_traffic(counts):
 def two_segments(emulated_module, module, seed=0):
     """Three tiles of a window, then two of sinks outside it, which meet the queries in another rotation."""
     keys = 6 * TILE_KEYS  # one is in neither: evicted
-    q, k, v = (torch.randn(1, n, 1, HEAD_DIM).bfloat16() for n in (QUERIES, keys, keys))
+    q, k, v = (torch.randn(1, n, 1, HEAD_DIM) for n in (QUERIES, keys, keys))
+    k *= torch.linspace(0.1, 8.0, keys)[:, None, None]  # so that shifts are raised in later tiles too
+    q, k, v = (x.bfloat16() for x in (q, k, v))
     rope = rf.Rope3D(HEAD_DIM, 8, 16).tables("cpu", torch.bfloat16)
     mask = WindowMask(2 * TILE_KEYS, 3 * TILE_KEYS, QUERIES, QUERIES, True)
     return forward(emulated_module, q, k, v, mask=mask, rope=rope, scale=0.1, hopper=True, module=module, seed=seed)
@@ -58,7 +60,7 @@ SYNCHRONISATIONS = {
     "proxy": (r"fence\.proxy\.async", 4, {"proxy-fence"}),
     "fence": (r"wgmma\.fence", 4, {"wgmma-fence"}),
     "commit": (r"wgmma\.commit_group", 4, {"in-flight"}),
-    "wait": (r"wgmma\.wait_group", 4, {"in-flight"}),
+    "wait": (r"wgmma\.wait_group", 5, {"in-flight"}),
     "full or empty": (r"mbarrier\.try_wait", 5, {"shared-hazard", "in-flight", "mbarrier"}),
     "release": (r"mbarrier\.arrive\.shared", 4, {"mbarrier"}),
     "copied": (r"cp\.async\.mbarrier\.arrive", 2, {"mbarrier", "in-flight"}),

@@ -116,7 +116,7 @@ def allocations(recorded: list, operator: str) -> list[list[tuple]]:
 
 BYTES = 0  # the dtype's number: the emulated runtime hands the kernel's parameter on in a tensor
 Q, KV, ROWS = (SAMPLES, 2 * FRAME, HEADS, HEAD_DIM), (SAMPLES, 2 * FRAME, 2, HEAD_DIM), (SAMPLES, HEADS, 2 * FRAME)
-ALLOCATED = {  # by each call: results, and what docs/cuda.md names beside them
+ALLOCATED = {  # by each call: results, and what docs/dev/cuda.md names beside them
     "streaming": {"begin_chunk": [[]], "write": [[]], "streaming_attention": [[Q, ROWS]]},
     "chunk": {"rotate": [[KV], [Q]], "attention_forward": [[Q, ROWS]], "attention_backward": [[Q, KV, KV, (*ROWS, 2)]]},
     "loss": {"redmd_loss": [[(SAMPLES, 3, 50), (), (SAMPLES, 1), (SAMPLES, 1), (SAMPLES, 1)]]},
