@@ -53,6 +53,29 @@ def test_import_works_without_triton():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_an_older_triton_is_refused_by_name(monkeypatch):
+    from rfkernels.backends import triton as backend
+
+    for version, refused in (("3.5.1", True), ("3.6.0", False), ("3.8.0+git1", False), ("4.0", False)):
+        monkeypatch.setattr(sys.modules["triton"], "__version__", version)
+        reason = backend.unavailable(torch.device("cuda"))
+        assert (reason == f"Triton {version} is older than 3.6, which the kernels need") == refused
+
+
+def test_below_3_7_nothing_is_copied_asynchronously_on_hopper(monkeypatch):
+    """Its compiler puts no fence between such copies and wgmma; see docs/dev/triton.md."""
+    from rfkernels.backends.triton import tiles
+
+    monkeypatch.setattr(tiles, "COPIES_ARE_FENCED", False)
+    for head_dim, use in ((64, "prefix"), (128, "chunk"), (128, "window"), (256, "prefix")):
+        forward = tiles.forward_tile(90, head_dim, torch.bfloat16, use, rope=True, shared=False)
+        backward = [
+            tiles.backward_tile(90, head_dim, torch.float16, use, of, short=False) for of in ("queries", "keys")
+        ]
+        assert {tile.stages for tile in (forward, *backward)} == {1}
+    assert tiles.forward_tile(80, 128, torch.bfloat16, "chunk", rope=True, shared=False).stages == 2
+
+
 def test_importing_rfkernels_leaves_triton_alone():
     code = (
         "import sys, torch\nbefore = 'triton' in sys.modules\n"

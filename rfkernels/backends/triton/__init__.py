@@ -7,7 +7,9 @@ Modules with kernels are imported at the first call, so that importing rfkernels
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -25,6 +27,7 @@ from ...contract.requests import (
     Write,
 )
 
+OLDEST_TRITON = (3, 6)  # structs as arguments of kernels
 _HEAD_DIMS = range(32, 257, 16)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -48,27 +51,46 @@ def _interpreter_fault() -> str | None:
     import numpy
     import triton
 
-    versions = [tuple(int(x) for x in module.__version__.split(".")[:2]) for module in (triton, numpy)]
-    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+    if _numbers(triton.__version__) < (3, 7) and _numbers(numpy.__version__) >= (2, 4):
         return f"the interpreter of Triton {triton.__version__} needs numpy < 2.4, here is {numpy.__version__}"
     return None
 
 
 @functools.cache  # a search of the file system
-def _found() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _found() -> str | None:
+    """What is wrong with the Triton that an import would find, or None. It is not imported for that."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return _too_old(importlib.metadata.version(name))
+    return None
 
 
-def _installed() -> bool:
-    if "triton" in sys.modules:
-        return sys.modules["triton"] is not None  # None blocks an import
-    return _found()
+def _too_old(version: str) -> str | None:
+    if _numbers(version) >= OLDEST_TRITON:
+        return None
+    return f"Triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}, which the kernels need"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in version.split(".")[:2])
+
+
+def _absent() -> str | None:
+    """Why there is no Triton that serves, or None."""
+    if "triton" not in sys.modules:
+        return _found()
+    triton = sys.modules["triton"]
+    if triton is None:  # which blocks an import
+        return "Triton is not installed (pip install triton)"
+    return _too_old(triton.__version__)
 
 
 def unavailable(device: torch.device) -> str | None:
     """Why the kernels do not run on ``device``, or None."""
-    if not _installed():
-        return "Triton is not installed (pip install triton)"
+    if reason := _absent():
+        return reason
     if device.type == "cpu":
         if not interpreted():
             return "on a CPU only in Triton's interpreter: set TRITON_INTERPRET=1 before import"
