@@ -84,7 +84,7 @@ def _sweep_segment(
 ):  # fmt: skip
     """All keys of a segment: those that every row sees without a mask, and the edges."""
     # Masks need registers: edges go in smaller tiles, which also waste fewer keys.
-    EDGE_N: tl.constexpr = min(BLOCK_N // 2, 32)
+    EDGE_N: tl.constexpr = max(min(BLOCK_N // 2, 32), 16)  # float32 products of 8 keys need Triton 3.8
     if ROW_BOUNDS:
         softmax = _sweep(
             softmax, q, held, columns, bounds.begin, tl.minimum(bounds.start, bounds.end), bounds, scale, True, True,

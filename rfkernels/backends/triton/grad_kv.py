@@ -12,18 +12,18 @@ from .tiling import LOG2_E, columns_of, dot, head_of, narrow, tokens_of
 
 
 @triton.jit
-def _load_terms(incoming, row, within, loads, MASKED: tl.constexpr):
+def _load_terms(incoming, row, within, loads, MASKED: tl.constexpr, GRAD_LSE: tl.constexpr):
     """lse, delta and, if there is one, the normaliser's gradient of a tile's rows; MASKED: ``loads`` of them exist."""
     grad_lse = 0.0
     if MASKED:
         lse = tl.load(incoming.lse + row + within, mask=loads, other=float("-inf"))
         delta = tl.load(incoming.delta + row + within, mask=loads, other=0.0)
-        if incoming.grad_lse is not None:
+        if GRAD_LSE:
             grad_lse = tl.load(incoming.grad_lse + row + within, mask=loads, other=0.0)
     else:
         lse = tl.load(incoming.lse + row + within)
         delta = tl.load(incoming.delta + row + within)
-        if incoming.grad_lse is not None:
+        if GRAD_LSE:
             grad_lse = tl.load(incoming.grad_lse + row + within)
     return lse, delta, grad_lse
 
@@ -31,7 +31,7 @@ def _load_terms(incoming, row, within, loads, MASKED: tl.constexpr):
 @triton.jit
 def _sweep_queries(
     grads, k, v, q, incoming, queries, columns, begin, end, bounds, scale,
-    MASKED: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, GRAD_LSE: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dK (but for the scale) and dV of query rows [begin, end) of a group's heads, one head after another.
 
@@ -51,7 +51,7 @@ def _sweep_queries(
         q_loads, g_loads, loads = columns.k.exist[None, :], columns.v.exist[None, :], row + within < bounds.end
         if MASKED:
             q_loads, g_loads = loads[:, None] & q_loads, loads[:, None] & g_loads
-        lse, delta, grad_lse = _load_terms(incoming, head_row + row, within, loads, MASKED)
+        lse, delta, grad_lse = _load_terms(incoming, head_row + row, within, loads, MASKED, GRAD_LSE)
         tile_q = tl.load(q_base + q_offsets, mask=q_loads, other=0.0)
         tile_g = tl.load(g_base + g_offsets, mask=g_loads, other=0.0).to(v.dtype)
         lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
@@ -61,7 +61,7 @@ def _sweep_queries(
             weights = tl.where(sees(bounds, (row + within)[None, :], True), weights, 0.0)
         grad_v = dot(weights.to(v.dtype), tile_g, grad_v)
         grad_weights = dot(v, tl.trans(tile_g)) - delta[None, :]
-        if incoming.grad_lse is not None:  # `backward.delta_kernel` left it out
+        if GRAD_LSE:  # `backward.delta_kernel` left it out
             grad_weights += grad_lse[None, :]
         grad_k = dot((weights * grad_weights).to(k.dtype), tile_q, grad_k)
         row += BLOCK_M
@@ -80,20 +80,20 @@ def _sweep_queries(
 @triton.jit
 def _sweep_segment(
     grads, k, v, q, incoming, queries, columns, bounds, scale,
-    ROW_BOUNDS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    ROW_BOUNDS: tl.constexpr, GRAD_LSE: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if ROW_BOUNDS:
         grads = _sweep_queries(
             grads, k, v, q, incoming, queries, columns, bounds.begin, tl.minimum(bounds.start, bounds.end),
-            bounds, scale, True, GROUP, BLOCK_M, STAGES,
+            bounds, scale, True, GRAD_LSE, GROUP, BLOCK_M, STAGES,
         )  # fmt: skip
     grads = _sweep_queries(
-        grads, k, v, q, incoming, queries, columns, bounds.start, bounds.stop, bounds, scale, False, GROUP,
-        BLOCK_M, STAGES,
+        grads, k, v, q, incoming, queries, columns, bounds.start, bounds.stop, bounds, scale, False, GRAD_LSE,
+        GROUP, BLOCK_M, STAGES,
     )  # fmt: skip
     return _sweep_queries(
-        grads, k, v, q, incoming, queries, columns, bounds.stop, bounds.end, bounds, scale, True, GROUP,
-        BLOCK_M, STAGES,
+        grads, k, v, q, incoming, queries, columns, bounds.stop, bounds.end, bounds, scale, True, GRAD_LSE,
+        GROUP, BLOCK_M, STAGES,
     )  # fmt: skip
 
 
@@ -108,10 +108,11 @@ def _incoming_of(incoming, sample, head, queries, heads):
     """What comes in for one head: `Tokens` of the gradient, pointers to row 0 of the rest."""
     at = (sample * heads + head) * queries
     grad_out = tokens_of(incoming.grad_out, sample, head)
-    if incoming.grad_lse is None:
-        return Incoming(grad_out, incoming.lse + at, incoming.delta + at, None)
-    else:
-        return Incoming(grad_out, incoming.lse + at, incoming.delta + at, incoming.grad_lse + at)
+    delta = incoming.delta + at
+    grad_lse = delta  # not read: a function cannot return None below Triton 3.8
+    if incoming.grad_lse is not None:
+        grad_lse = incoming.grad_lse + at
+    return Incoming(grad_out, incoming.lse + at, delta, grad_lse)
 
 
 @triton.jit
@@ -138,6 +139,7 @@ def grad_kv_kernel(
     k = _load_keys(key_values.k, sample, key_head, tile, columns.k, k_exist)
     v = _load_keys(key_values.v, sample, key_head, tile, columns.v, v_exist)
     grads = KeyValues(tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32))
+    GRAD_LSE: tl.constexpr = incoming.grad_lse is not None
 
     for segment in tl.static_range(1 if mask is None else 2):
         bounds = queries_of_keys(tile, segment, chunk, mask, queries, keys, BLOCK_M, BLOCK_N)
@@ -149,7 +151,7 @@ def grad_kv_kernel(
         head_incoming = _incoming_of(incoming, sample, head, queries, kv_heads * GROUP)
         grads = _sweep_segment(
             grads, k, v, head_q, head_incoming, queries, columns, bounds, scale * LOG2_E, mask is not None,
-            GROUP, BLOCK_M, STAGES,
+            GRAD_LSE, GROUP, BLOCK_M, STAGES,
         )  # fmt: skip
 
     grad_k, grad_v = grads

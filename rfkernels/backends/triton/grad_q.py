@@ -14,7 +14,8 @@ from .tiling import LOG2_E, columns_of, dot, key_values_of, load_tile, narrow, t
 @triton.jit
 def _sweep_keys(
     acc, q, terms, held, columns, begin, end, bounds, scale,
-    MASKED: tl.constexpr, ROW_BOUNDS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, ROW_BOUNDS: tl.constexpr, GRAD_LSE: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ (but for the scale) of keys [begin, end); masks as in the forward sweep."""
     within = tl.arange(0, BLOCK_N)
@@ -35,7 +36,7 @@ def _sweep_keys(
             seen = sees(bounds, (key + within)[None, :], ROW_BOUNDS)
             weights = tl.where(seen, weights, 0.0)
         grad_weights = dot(terms.grad_out, tl.trans(values)) - terms.delta[:, None]
-        if terms.grad_lse is not None:  # `backward.delta_kernel` left it out
+        if GRAD_LSE:  # `backward.delta_kernel` left it out
             grad_weights += terms.grad_lse[:, None]
         acc = dot((weights * grad_weights).to(keys.dtype), keys, acc)
         k_base += BLOCK_N * held.k.step
@@ -46,19 +47,20 @@ def _sweep_keys(
 @triton.jit
 def _sweep_segment(
     acc, q, terms, held, columns, bounds, scale,
-    ROW_BOUNDS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    ROW_BOUNDS: tl.constexpr, GRAD_LSE: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if ROW_BOUNDS:
         acc = _sweep_keys(
             acc, q, terms, held, columns, bounds.begin, tl.minimum(bounds.start, bounds.end), bounds, scale, True, True,
-            BLOCK_N, STAGES,
+            GRAD_LSE, BLOCK_N, STAGES,
         )  # fmt: skip
     acc = _sweep_keys(
-        acc, q, terms, held, columns, bounds.start, bounds.stop, bounds, scale, False, False, BLOCK_N, STAGES
+        acc, q, terms, held, columns, bounds.start, bounds.stop, bounds, scale, False, False, GRAD_LSE, BLOCK_N, STAGES
     )
     return _sweep_keys(
-        acc, q, terms, held, columns, bounds.stop, bounds.end, bounds, scale, True, ROW_BOUNDS, BLOCK_N, STAGES
-    )
+        acc, q, terms, held, columns, bounds.stop, bounds.end, bounds, scale, True, ROW_BOUNDS, GRAD_LSE, BLOCK_N,
+        STAGES,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -70,10 +72,10 @@ def _load_terms(incoming, tile, columns, queries, heads, DTYPE: tl.constexpr):
     # Rows that see nothing have -inf: +inf instead makes their weights zero.
     lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
     delta = tl.load(incoming.delta + at)
-    if incoming.grad_lse is None:
-        return Terms(grad_out, lse2, delta, None)
-    else:
-        return Terms(grad_out, lse2, delta, tl.load(incoming.grad_lse + at))
+    grad_lse = delta  # not read: a function cannot return None below Triton 3.8
+    if incoming.grad_lse is not None:
+        grad_lse = tl.load(incoming.grad_lse + at)
+    return Terms(grad_out, lse2, delta, grad_lse)
 
 
 @triton.jit
@@ -93,6 +95,7 @@ def grad_q_kernel(
     columns = columns_of(rope, D, BLOCK_D)
     terms = _load_terms(incoming, tile, columns.v, queries, heads, cached.k.data.dtype.element_ty)
 
+    GRAD_LSE: tl.constexpr = incoming.grad_lse is not None
     APART: tl.constexpr = sink_q is not None  # the segments are rotated back by different frames
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for segment in tl.static_range(2):
@@ -108,7 +111,7 @@ def grad_q_kernel(
             tile_q = load_tile(q, tile, columns.k)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) if APART else result
         acc = _sweep_segment(
-            acc, tile_q, terms, held, columns, bounds, scale * LOG2_E, mask is not None, BLOCK_N, STAGES
+            acc, tile_q, terms, held, columns, bounds, scale * LOG2_E, mask is not None, GRAD_LSE, BLOCK_N, STAGES
         )
         if rope is not None:
             if APART or segment == 1:  # both segments of a chunk meet the same queries: rotated back once

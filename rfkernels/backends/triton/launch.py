@@ -12,7 +12,7 @@ import triton.language as tl
 from ...contract.geometry import WindowMask
 from ...contract.requests import RopeTables
 from ..layout import addressable as addressable  # for the modules that launch
-from .structs import KeyValues, Mask, Rope, Strided
+from .structs import NO_LAYERS, KeyValues, Mask, Rope, Strided
 
 FUSION = {"enable_fp_fusion": True}  # multiply-adds contract: Triton's default, written down
 # ptxas spills a few registers where that fits one block more on an SM, unless it is told how many there are.
@@ -22,7 +22,7 @@ ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 def strided(x: torch.Tensor) -> Strided:
     """``x [B, N, H, D]``, or ``[L, B, N, H, D]``, as a kernel's argument."""
     sample, token, head, _ = x.stride()[-4:]
-    return Strided(x, sample, token, head, x.stride(0) if x.dim() == 5 else None)
+    return Strided(x, sample, token, head, x.stride(0) if x.dim() == 5 else NO_LAYERS)
 
 
 def key_values(k: torch.Tensor, v: torch.Tensor) -> KeyValues:

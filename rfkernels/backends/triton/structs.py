@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import triton.language as tl
+
+NO_LAYERS = tl.constexpr(0)  # below Triton 3.8 a struct that holds None cannot be asked whether it is None
+
 
 class Strided(NamedTuple):
     """A tensor ``[B, N, H, D]`` (``[L, B, N, H, D]`` where there is a stride of layers), the last stride being 1."""
@@ -15,7 +19,7 @@ class Strided(NamedTuple):
     sample: Any
     token: Any
     head: Any
-    layer: Any = None
+    layer: Any = NO_LAYERS
 
 
 class KeyValues(NamedTuple):

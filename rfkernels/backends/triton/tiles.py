@@ -13,7 +13,11 @@ import torch
 import triton
 
 from ..plan import key_shares
+from . import version
 from .launch import padded
+
+# Below 3.7 the compiler puts no fence between what cp.async writes to shared memory and wgmma's reads of it (sm_90).
+COPIES_ARE_FENCED = version() >= (3, 7)
 
 _INTERPRETER_PROCESSORS = 8  # so that small tests both split and do not
 
@@ -58,6 +62,8 @@ def forward_tile(
         # so it does with 32 keys beside row bounds at 128 columns, and 64 rows leave one block an SM.
         few = block_d > 128 or (block_d, use) == (128, "window")
         return TileSize(32, 16 if few else 32, 4, 2)
+    if arch == 90 and not COPIES_ARE_FENCED:
+        return _through_registers(block_d)
     if block_d <= 64:
         return TileSize(128, 64, 8, 2)  # 4 warps spill
     if block_d == 128:
@@ -66,6 +72,11 @@ def forward_tile(
         rows = 32 if (arch, use, rope) == (90, "window", True) else 64  # 64 rows spill there
         return TileSize(rows, 64, 8, 2)
     return TileSize(32, 32, 8, 2) if use == "window" else TileSize(64, 32, 8, 2)  # row bounds: 64 rows spill
+
+
+def _through_registers(block_d: int) -> TileSize:
+    """For sm_90 without fences: one stage is copied by way of registers, and those stores are fenced."""
+    return TileSize(128 if block_d <= 128 else 64, 64, 8, 1)
 
 
 def _keys_for_128_columns(arch: int, head_dim: int, dtype: torch.dtype, use: str, *, rope: bool, shared: bool) -> int:
@@ -94,6 +105,9 @@ def backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str,
         if block_d <= 64:
             return TileSize(32 if of == "queries" else 16, 32, 4, 1)
         return TileSize(16, 16, 4 if block_d == 128 else 8, 1)
+    if arch == 90 and not COPIES_ARE_FENCED and block_d <= 128:
+        # 32 rows of a product go by mma.sync, which reads registers; one stage, as forward, spills at 64.
+        return TileSize(32, 64, 8, 2) if of == "queries" else TileSize(64, 32, 8, 2)
     if block_d == 32:  # on sm_90 two stages of 64 rows crash ptxas 12.9 (a window's queries, with a rope)
         return TileSize(64, 32, 8, 1 if (of, arch) == ("queries", 90) else 2)
     if block_d == 64:  # 4 warps, and 64x64, spill; on sm_120 64 rows of queries do
