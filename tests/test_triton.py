@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import rfkernels as rf
+from rfkernels.backends import triton as backend
 
 pytest.importorskip("triton")
 
@@ -24,6 +26,8 @@ pytest.importorskip("triton")
 )
 def test_in_the_interpreter(module):
     """Triton decides at import whether it interprets; this process must not, or every test would run interpreted."""
+    if reason := backend.interpreter_fails():
+        pytest.skip(reason)
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-rs", str(Path(__file__).parent / module), "-k", "triton"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -38,6 +42,39 @@ def test_without_a_gpu_it_says_why():
     assert "TRITON_INTERPRET" in rf.explain_backends("cpu")["triton"]
     with pytest.raises(ValueError, match="TRITON_INTERPRET"), rf.use_backend("triton"):
         pass
+
+
+@pytest.mark.parametrize(
+    "text, expected", [("3.6.0", (3, 6)), ("3.10.1+git8f2", (3, 10)), ("2.4.0rc1", (2, 4)), ("2.5", (2, 5))]
+)
+def test_versions_are_read_as_numbers(text, expected):
+    assert backend.numbers(text) == expected
+
+
+def test_a_version_that_is_none_is_an_error():
+    with pytest.raises(ValueError, match="'unknown'"):
+        backend.numbers("unknown")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_older_triton_is_refused_and_named(device, monkeypatch):
+    monkeypatch.setattr(backend, "version", lambda: (3, 5))
+    reason = backend.unavailable(torch.device(device))
+    assert "3.6 or later" in reason and "found 3.5" in reason
+
+
+@pytest.mark.parametrize(
+    "triton_version, numpy, fails",
+    [((3, 6), "2.4.0", True), ((3, 6), "2.3.5", False), ((3, 7), "2.5.5", False), ((3, 8), "2.4.0", False)],
+)
+def test_the_interpreter_says_which_numpy_it_cannot_take(triton_version, numpy, fails, monkeypatch):
+    monkeypatch.setattr(backend, "version", lambda: triton_version)
+    monkeypatch.setattr(backend.importlib.metadata, "version", lambda name: {"numpy": numpy}[name])
+    monkeypatch.setattr(backend, "interpreted", lambda: True)
+    reason = backend.unavailable(torch.device("cpu"))
+    assert (reason is not None) == fails
+    if fails:
+        assert "Triton 3.6" in reason and f"numpy {numpy}" in reason and "numpy < 2.4" in reason
 
 
 def test_import_works_without_triton():
@@ -73,6 +110,79 @@ def test_tiles_are_chosen_by_families_of_architectures():
 
     known = {80: 80, 86: 80, 89: 80, 90: 90, 100: 100, 103: 100, 110: 100, 120: 120, 121: 120}
     assert {arch: family(arch) for arch in known} == known
+
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_ARCHITECTURES = (80, 90, 100, 120)
+
+
+def chosen_tiles():
+    """Every tile of the attention kernels that a call can meet."""
+    from rfkernels.backends.triton import tiles
+
+    kinds = itertools.product(_ARCHITECTURES, range(32, 257, 16), _DTYPES)
+    for (arch, head_dim, dtype), yes in itertools.product(kinds, (False, True)):
+        for use, shared in itertools.product(("prefix", "chunk", "window"), (False, True)):
+            given = (arch, head_dim, dtype, use)
+            yield given, "forward", tiles.forward_tile(*given, rope=yes, shared=shared)
+        for use, of in itertools.product(("chunk", "window"), ("queries", "keys")):
+            given = (arch, head_dim, dtype, use)
+            yield given, of, tiles.backward_tile(*given, of, short=yes)
+
+
+def test_products_sum_over_16_at_least():
+    """What every supported Triton compiles; the edges of the forward kernel go in tiles of 16 at least."""
+    for given, of, tile in chosen_tiles():
+        assert min(tile.rows, tile.keys) >= 16, (given, of, tile)
+
+
+def test_no_wgmma_reads_copies_that_lack_a_fence(monkeypatch):
+    """Below Triton 3.7 on sm_90: copies go by registers (one stage), or products by mma.sync (fewer than 64 rows)."""
+    from rfkernels.backends.triton import tiles
+
+    monkeypatch.setattr(tiles, "COPIES_ARE_FENCED", False)
+    for (arch, head_dim, dtype, use), of, tile in chosen_tiles():
+        if arch == 90 and dtype != torch.float32:  # exact products of float32 are not wgmma's
+            product_rows = tile.keys if of == "keys" else tile.rows
+            assert tile.stages == 1 or product_rows < 64, (head_dim, dtype, use, of, tile)
+
+
+class _Parsed(Exception):
+    """A kernel has passed Triton's front end."""
+
+
+def _stop_after_parsing(*arguments):
+    """A hook of Triton's compiler."""
+
+    def stop(source, metadata):
+        raise _Parsed
+
+    if arguments:
+        arguments[1]["ttgir"] = stop
+    return "only parsed", "only parsed"
+
+
+@pytest.mark.parametrize("head_dim", [96, 256])
+def test_exact_products_pass_the_front_end(head_dim, monkeypatch):
+    """The front end of this Triton refuses shapes of products that another takes; the cheap part of what is below."""
+    import triton
+
+    aot = pytest.importorskip("benchmarks.aot", reason="needs the source tree")
+    from benchmarks.static_calls import calls
+
+    compile_or_launch, parsed = triton.runtime.jit.JITFunction.run, []
+
+    def parse(self, *args, grid, warmup, **options):
+        with pytest.raises(_Parsed):
+            compile_or_launch(self, *args, grid=grid, warmup=True, **options)
+        parsed.append(self.fn.__name__)
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", parse)
+    monkeypatch.setattr(triton.runtime.driver, "_active", aot._Driver(80))
+    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", _stop_after_parsing)
+    for call in calls(torch.float32, head_dim).values():
+        call()
+    assert {"forward_kernel", "grad_q_kernel", "grad_kv_kernel", "begin_chunk_kernel"} <= set(parsed)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])
