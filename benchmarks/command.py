@@ -110,6 +110,8 @@ def _run(args: argparse.Namespace) -> int:
             )  # fmt: skip
         report.show_rows(console, rows)
         found["rows"] += rows
+        if args.json:  # after each row: a run that is stopped has what it measured
+            report.save(args.json, found)
     report.show_skipped(console, found["rows"])
     found["ceilings at the end"] = ceilings(device, timer)
     report.show_ceilings(console, found["ceilings at the end"], "The same, at the end: how steady the machine was")

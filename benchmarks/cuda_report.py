@@ -153,7 +153,8 @@ def interior_rows(nvcc: str, arch: int, head_dims: Sequence[int] = HEAD_DIMS) ->
 def faults(row: dict, arch: int) -> str | None:
     """What no kernel may have: a stack frame, spills, more shared memory than a block gets, fewer CTAs than asked for.
 
-    Shared memory counts only where the host chooses the kernel.
+    On Hopper: exponentials that wait for the products which they should run beside. Shared memory counts only where the
+    host chooses the kernel.
     """
     if row["stack"] or row["spill_stores"] or row["spill_loads"]:
         return f"{row['stack']} bytes of stack, {row['spill_stores']} stored and {row['spill_loads']} loaded by spills"
@@ -161,6 +162,8 @@ def faults(row: dict, arch: int) -> str | None:
         return f"registers for {row['ctas_by_registers']} CTAs an SM, {row['ctas_asked']} asked for"
     if chosen(row["kernel"], arch) and row["shared"] > SHARED_BLOCK[arch]:
         return f"{row['shared']} bytes of shared memory"
+    if "loop" in row and row["loop"]["overlapped"] < row["loop"]["special"]:
+        return f"{row['loop']['overlapped']} of {row['loop']['special']} exponentials run beside the products"
     return None
 
 

@@ -10,6 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from rfkernels.tools.outputs import finished
+
 from .contenders import FLOOR, OURS
 
 FORMAT = 1
@@ -120,7 +122,8 @@ def _row(rows: list[dict], contender: str) -> dict:
 
 
 def save(path: str | Path, run: dict) -> None:
-    Path(path).write_text(json.dumps({"format": FORMAT} | run, indent=1) + "\n")
+    with finished(Path(path)) as partial:
+        partial.write_text(json.dumps({"format": FORMAT} | run, indent=1) + "\n")
 
 
 def load(path: str | Path) -> dict:

@@ -11,6 +11,7 @@ from collections import Counter
 
 _LINE = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _TENSOR, _SPECIAL, _COPY = re.compile(r"HG?MMA"), re.compile(r"MUFU"), re.compile(r"LDGSTS")
+_WAIT = re.compile(r"WARPGROUP\.DEPBAR")  # for wgmma's products
 
 
 def instructions(sass: str) -> list[tuple[int, str, bool, int | None]]:
@@ -69,13 +70,19 @@ def shortest_way(code: list, what: re.Pattern = _TENSOR) -> list[str]:
 def row(sass: str, scores: int) -> dict:
     """Instructions of a consumer's warp for one tile, and beside the products per score; those of producers apart.
 
-    scores: that a thread of a consumer forms in a tile. A kernel with as many warps of producers as half its consumers.
+    overlapped: of the special ones (the softmax's exponentials), those between the start of the last products and the
+    last wait for products: they run beside the tensor cores. scores: that a thread of a consumer forms in a tile. A
+    kernel with as many warps of producers as half its consumers.
     """
     code = instructions(sass)
     way = shortest_way(code)
+    started = max((i for i, x in enumerate(way) if _TENSOR.match(x)), default=0)
+    waited = max((i for i, x in enumerate(way) if _WAIT.match(x)), default=0)
+    overlapped = sum(bool(_SPECIAL.match(x)) for x in way[started:waited])
     counts = Counter("tensor" if _TENSOR.match(x) else "special" if _SPECIAL.match(x) else "other" for x in way)
     copies = shortest_way(code, _COPY)
     return {kind: counts[kind] for kind in ("tensor", "special", "other")} | {
+        "overlapped": overlapped,
         "per_score": round((len(way) - counts["tensor"]) / scores, 2),
         "copies_per_score": round(len(copies) / 2 / scores, 2),
     }

@@ -81,16 +81,18 @@ class CudaTimer:
 
     def _replay(self, function: Callable[[], object]) -> Callable[[], object]:
         if function not in self._graphs:
+            stream = self.cuda.current_stream()
             try:
                 graph, side = self.cuda.CUDAGraph(), self.cuda.Stream()
-                side.wait_stream(self.cuda.current_stream())
+                side.wait_stream(stream)
                 with self.cuda.stream(side):  # allocations and first calls happen outside the capture
                     function()
-                self.cuda.current_stream().wait_stream(side)
+                stream.wait_stream(side)
                 with self.cuda.graph(graph):
                     function()
                 self._graphs[function] = graph.replay
             except RuntimeError as error:
+                self.cuda.set_stream(stream)  # up to torch 2.11 a capture that fails leaves its own stream current
                 self.not_captured[function] = str(error).splitlines()[0]
                 self._graphs[function] = function
         return self._graphs[function]

@@ -13,7 +13,7 @@ import torch
 
 import rfkernels as rf
 from rfkernels import native, toolchain
-from rfkernels.tools import demo, generate
+from rfkernels.tools import demo, extras_folder, generate
 from rfkernels.tools.tiny import command as train
 
 
@@ -26,16 +26,14 @@ def info(args: argparse.Namespace) -> int:
         "triton": "installed" if importlib.util.find_spec("triton") else "not installed",
         "nvcc": toolchain.find_nvcc() or "none found",
     }
-    if native.missing is None:
-        from rfkernels import _C
-
+    if (build := native.build) is not None:
         rows["compiled kernels"] = (
-            f"CPU, by {_C.compiler}, built against torch {_C.torch_version}, for torch >= {_C.torch_target}"
+            f"CPU, by {build.compiler}, built against torch {build.torch_version}, for torch >= {build.torch_target}"
         )
         rows["CUDA kernels"] = (
-            f"CUDA {_C.cuda}, for {_C.cuda_architectures}, attention with head_dim {_C.cuda_head_dims}"
-            if _C.cuda
-            else f"none: {_C.cuda_reason}"
+            f"CUDA {build.cuda}, for {build.cuda_architectures}, attention with head_dim {build.cuda_head_dims}"
+            if build.cuda
+            else f"none: {build.cuda_reason}"
         )
     else:
         rows["compiled kernels"] = f"none: {native.missing}"
@@ -48,15 +46,16 @@ def info(args: argparse.Namespace) -> int:
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
-    """benchmarks/ is no part of the package: it lies beside it in a source tree, and within it in a wheel."""
-    here = Path(__file__).parent
-    if (here / "benchmarks").is_dir():
-        from .benchmarks import command
-    elif (here.parent / "benchmarks" / "command.py").is_file():
-        sys.path.insert(0, str(here.parent))
+    """benchmarks/ is no part of the package: it lies beside it in a source tree, and in rfkernels-extras."""
+    root = Path(__file__).parents[1]
+    if (root / "benchmarks" / "command.py").is_file():
+        sys.path.insert(0, str(root))
         from benchmarks import command
+    elif extras_folder("benchmarks") is not None:
+        from rfkernels_extras.benchmarks import command
     else:
-        parser.set_defaults(run=lambda args: sys.exit("bench: this install lacks benchmarks/: run it in a source tree"))
+        missing = "bench: this install lacks benchmarks/: they are in the source tree and the package rfkernels-extras"
+        parser.set_defaults(run=lambda args: sys.exit(missing))
         return
     command.add_arguments(parser)
 

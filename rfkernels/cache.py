@@ -94,13 +94,16 @@ class EMASinkCache:
             reaches every later pass that sees it and, once it is fused, the sink of its stream for good. No host read.
         device: default torch's.
 
-    Attributes (the arguments too can be read under their names):
+    The arguments can be read under their names.
+
+    Attributes:
         k, v: ``[L, B, (S + W) * T, H_kv, D]``, slots ``[sinks | ring]``, keys rotated. Addresses never change.
         sink_k, sink_v: ``[L, B, S * T, H_kv, D]``, the sink with un-rotated keys (views of k, v where these are the
             accumulators). sink_k is None for a static sink at absolute positions, which needs none.
         num_frames: int64 ``[B]`` on the device: frames so far, the open ones included.
-        open_frames: F of the open chunk, 0 before the first. full: every stream has filled its window. ages: frames so
-            far of every stream, ``num_frames`` as the host knows it. nbytes: memory of all tensors.
+        open_frames: F of the open chunk, 0 before the first.
+        full: every stream has filled its window.
+        ages: frames so far of every stream, ``num_frames`` as the host knows it.
 
     Raises:
         ValueError, TypeError: an argument out of range, or a rope that does not fit head_dim or frame_tokens.

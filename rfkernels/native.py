@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
+import ctypes
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -17,35 +17,63 @@ def torch_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _load() -> str | None:
-    """Loads the kernel library; returns why it could not."""
+class Build(NamedTuple):
+    """What the library was made by and for (csrc/host/build.cpp)."""
+
+    torch_version: str  # built against, e.g. "2.14.1+cu130"; it runs on every torch from torch_target on
+    torch_target: str
+    compiler: str
+    cuda: str  # "" for a CPU-only build
+    cuda_architectures: str  # "8.0, 9.0+PTX"
+    cuda_head_dims: str  # of the attention kernels, "64, 128"
+    cuda_reason: str  # why there are no CUDA kernels, "" where there are
+
+
+def _read_build(library: Path) -> Build:
+    """Raises:
+    AttributeError: the library does not say, being of another version of the package.
+    """
+    function = ctypes.CDLL(str(library)).rfkernels_build
+    function.restype = ctypes.c_char_p
+    lines = (line.partition("=") for line in function().decode().split("\n"))
+    facts = {name: value for name, _, value in lines}
+    try:
+        return Build(**facts)
+    except TypeError as error:
+        raise AttributeError(str(error)) from None
+
+
+def _load() -> tuple[str | None, Build | None]:
+    """Loads the kernel library; returns why it could not, and what it says of itself."""
     if torch_version() < OLDEST_TORCH:
-        return f"torch {torch.__version__} is older than {oldest_torch()}, which they need"
-    libraries = sorted(Path(__file__).parent.glob("rfkernels_kernels.*"))
+        return f"torch {torch.__version__} is older than {oldest_torch()}, which they need", None
+    libraries = sorted(path for path in Path(__file__).parent.glob("rfkernels_kernels.*") if path.suffix != ".new")
     if not libraries:
         return (
-            "this is a Python-only install: when it was built there was no C++ compiler, or no torch >= "
-            f"{oldest_torch()} in the environment (reinstall with both present)"
-        )
+            "this is a Python-only install: when it was built there was no C++ compiler, no cmake, or no torch >= "
+            f"{oldest_torch()} in the environment (reinstall with all of them present)"
+        ), None
     try:
+        build = _read_build(libraries[0])
         torch.ops.load_library(str(libraries[0]))
     except OSError as error:
-        return f"{libraries[0].name} does not load: {error}"
-    return None
+        return f"{libraries[0].name} does not load: {error}", None
+    except AttributeError:
+        return f"{libraries[0].name} is of another version of this package: reinstall it", None
+    return None, build
 
 
-missing: str | None = _load()
-"""Why the compiled kernels are missing, or None where they are loaded."""
+missing, build = _load()
+"""Why the compiled kernels are missing, or None where they are loaded; then what they were made by and for."""
 
 
 def _cuda() -> tuple[str | None, str, str, tuple[int, ...]]:
     """Why there are no CUDA kernels (None: there are), and the CUDA, architectures and head sizes of their build."""
-    if missing is not None:
+    if build is None:
         return missing, "", "", ()
-    _C: Any = importlib.import_module(f"{__package__}._C")
-    reason = None if _C.cuda else f"built without CUDA kernels: {_C.cuda_reason}"
-    head_dims = tuple(int(d) for d in filter(None, _C.cuda_head_dims.split(", ")))
-    return reason, _C.cuda, _C.cuda_architectures, head_dims
+    reason = None if build.cuda else f"built without CUDA kernels: {build.cuda_reason}"
+    head_dims = tuple(int(d) for d in filter(None, build.cuda_head_dims.split(", ")))
+    return reason, build.cuda, build.cuda_architectures, head_dims
 
 
 cuda_missing, cuda_version, cuda_architectures, cuda_head_dims = _cuda()

@@ -16,6 +16,11 @@ def pytest_make_parametrize_id(val):
     return str(val)[:40] if isinstance(val, dict | str) else None
 
 
+def pytest_collection_modifyitems(items):
+    """Minutes long tests come first, so that parallel processes end at about the same time."""
+    items.sort(key=lambda item: not item.name.startswith("test_in_the_interpreter"))
+
+
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
     torch.manual_seed(0)

@@ -68,6 +68,9 @@ def _module(text: str) -> emulator.Module:
     return emulator.Module(text)
 
 
+unavailable = emulator.unavailable
+
+
 @contextlib.contextmanager
 def on_emulator(arch: int) -> Iterator[list[str]]:
     """Within the block ``use_backend("triton")`` serves CPU tensors; lists the kernels that were launched."""

@@ -5,7 +5,7 @@
 The text is what explain_backends() must say of the CPU loops. "cuda": the CUDA library must be there and loaded.
 """
 
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 
 import rfkernels as rf
 from rfkernels import native
+from rfkernels.tools.tiny import streams
 
 CUDA_OPERATORS = (
     *("rfkernels_native::" + name for name in ("begin_chunk", "write", "rotate", "streaming_attention", "redmd_loss")),
@@ -55,10 +56,14 @@ def loaded_cuda() -> str:
 if __name__ == "__main__":
     loops, *cuda = sys.argv[1:]
     assert Path(rf.__file__).is_relative_to(sys.prefix), f"not the installed package: {rf.__file__}"
-    importlib.import_module("rfkernels.benchmarks.command")  # of python -m rfkernels bench
+    extras = importlib.util.find_spec("rfkernels_extras") is not None
+    if extras:
+        importlib.import_module("rfkernels_extras.benchmarks.command")  # of python -m rfkernels bench
+        assert streams.load().config.dim == 256  # of python -m rfkernels demo
     assert loops in rf.explain_backends("cpu")["sdpa"], rf.explain_backends("cpu")["sdpa"]
     results = {backend: run(backend) for backend in ("reference", "sdpa")}
     for ours, exact in zip(results["sdpa"], results["reference"], strict=True):
         torch.testing.assert_close(ours, exact)
     print(f"torch {torch.__version__}: {' and '.join(results)} agree, forward and backward, with {loops}")
+    print(f"{'with' if extras else 'without'} the demo's model and the benchmarks")
     print(loaded_cuda() if cuda else f"no CUDA kernels: {native.cuda_missing}")

@@ -13,6 +13,7 @@ from benchmarks.cases import CASES, Latent, Sequence, Stream
 from benchmarks.contenders import FLOOR, Bench, Contender, Options
 from benchmarks.counter import BelowOps
 from rfkernels.__main__ import main
+from rfkernels.backends import UnservedError
 from rfkernels.contract.geometry import WindowMask
 
 CPU = torch.device("cpu")
@@ -155,6 +156,60 @@ def test_a_wrong_result_is_not_timed(planted):
     assert rows["rfkernels sdpa"]["gate"] == "green" and rows["rfkernels sdpa"]["tflops"] == pytest.approx(1e-3)
 
 
+class CompilingClock:
+    """Any call costs 1 second, but for the first one of ``compiles``: 1000."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def compiles(self):
+        self.calls += 1
+        return torch.ones(4)
+
+    def measure(self, function):
+        before = self.calls
+        function()
+        value = 1000.0 if (before, self.calls) == (0, 1) else 1.0
+        return lambda: value
+
+    def end_round(self):
+        pass
+
+
+def test_a_compilation_is_not_held_against_a_contender(planted, monkeypatch):
+    """The first call of each is for the gate; which of them are too slow to time is found by a second one."""
+    clock, out = CompilingClock(), torch.ones(4)
+    contenders = {
+        FLOOR: Contender(lambda: out, lambda r: {"out": r}),
+        "rfkernels triton": Contender(clock.compiles, lambda r: {"out": r}),
+    }
+    bench = Bench(cases.Work(1e9, 1e6), contenders, {"out": out}, {})
+    monkeypatch.setitem(operations.OPERATIONS, "planted", (Stream, lambda case, options: bench))
+    rows = runner.measure("planted", TINY, Options(CPU), clock, CEILINGS, 1.0)
+    assert all("seconds" in row for row in rows), rows
+
+
+@pytest.mark.parametrize(
+    "who, error, gate_says",
+    [
+        ("SDPA cudnn", RuntimeError("No available kernel"), None),
+        ("rfkernels cuda", UnservedError("head_dim 48"), None),
+        ("rfkernels cuda", RuntimeError("illegal address"), "red"),
+    ],
+)
+def test_who_does_not_serve_a_shape_is_not_red(planted, monkeypatch, who, error, gate_says):
+    def fail():
+        raise error
+
+    out = torch.ones(4)
+    contenders = {FLOOR: Contender(lambda: out, lambda r: {"out": r}), who: Contender(fail, lambda r: {"out": r})}
+    bench = Bench(cases.Work(1e9, 1e6), contenders, {"out": out}, {})
+    monkeypatch.setitem(operations.OPERATIONS, "planted", (Stream, lambda case, options: bench))
+    rows = {r["contender"]: r for r in runner.measure("planted", TINY, Options(CPU), FakeClock(1), CEILINGS, 1.0)}
+    assert "seconds" in rows[FLOOR] and rows[who].get("gate") == gate_says
+    assert str(error) in rows[who]["skipped"] and ("not served" in rows[who]["skipped"]) == (gate_says is None)
+
+
 @pytest.mark.parametrize(
     "got, why",
     [
@@ -215,10 +270,10 @@ def test_rows_that_only_one_run_has_are_named(planted):
 
 
 class FakeCuda:
-    """What `CudaTimer` asks of torch.cuda, on a list of what it did."""
+    """What `CudaTimer` asks of torch.cuda, on a list of what it did. A failed capture leaves its stream: torch 2.11."""
 
     def __init__(self, captures=True):
-        self.log, self.captures = [], captures
+        self.log, self.captures, self.current = [], captures, self.Stream()
 
     def is_available(self):
         return True
@@ -244,7 +299,11 @@ class FakeCuda:
     def Stream(self):
         return type("Stream", (), {"wait_stream": lambda self, other: None})()
 
-    current_stream = Stream
+    def current_stream(self):
+        return self.current
+
+    def set_stream(self, stream):
+        self.current = stream
 
     def stream(self, stream):
         return timing.contextlib.nullcontext()
@@ -254,6 +313,7 @@ class FakeCuda:
 
     def graph(self, graph):
         if not self.captures:
+            self.current = self.Stream()
             raise RuntimeError("cannot capture\nmore")
         return timing.contextlib.nullcontext()
 
@@ -270,7 +330,7 @@ def test_the_cuda_timer_brackets_the_call_and_waits_once_a_round():
 @pytest.mark.parametrize("captures", [True, False])
 def test_the_cuda_timer_replays_a_graph_or_says_why_not(captures):
     cuda = FakeCuda(captures)
-    timer = timing.CudaTimer(CPU, graph=True, cuda=cuda)
+    timer, stream = timing.CudaTimer(CPU, graph=True, cuda=cuda), cuda.current
     cuda.log.clear()
 
     def call():
@@ -281,6 +341,7 @@ def test_the_cuda_timer_replays_a_graph_or_says_why_not(captures):
     timed = [x for x in cuda.log if x != "event"][-1]
     assert timed == ("replay" if captures else "call")
     assert timer.not_captured == ({} if captures else {call: "cannot capture"})
+    assert cuda.current is stream, "later calls belong where they would have been"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import bounds, counter, model, report, timing
+from benchmarks import bounds, counter, figure, model, report, timing
 from benchmarks.cases import Stream
 from benchmarks.counter import BelowOps
 from rfkernels import EMASinkCache
@@ -135,7 +135,7 @@ def test_the_budget_counts_what_the_model_multiplies():
     time = torch.empty(1, 3, 6, dim, device="meta")
     with Products(), torch.no_grad():
         net.blocks[0](x, time, lambda q, k, v: q, kv)
-    budget = bounds.chunk_budget()
+    budget = figure.chunk_budget()
     names = ("projections (q, k, v, o; cross-attention q, o)", "feed-forward")
     assert sum(budget[name].flops for name in names) == 150 * sum(counted)
 

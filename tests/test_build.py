@@ -64,6 +64,54 @@ def test_says_that_there_is_no_compiler(setup_py, monkeypatch):
     assert "no C++ compiler" in setup_py.why_python_only()
 
 
+def test_says_that_there_is_no_cmake(setup_py, monkeypatch, tmp_path):
+    monkeypatch.setattr(setup_py, "find_torch", lambda: (Path("torch"), "2.14.1"))
+    monkeypatch.setattr(setup_py, "find_compiler", lambda: "c++")
+    monkeypatch.setattr(setup_py, "tool", lambda name: str(tmp_path / name))
+    assert "cmake was not found (pip install cmake ninja" in setup_py.why_python_only()
+
+
+@pytest.mark.parametrize(
+    "cuda, named, architectures, reason",
+    [
+        ("13.0", False, "", None),
+        ("12.8", False, "", "nvcc is of CUDA 13 (.*), torch 2.14.1 of CUDA 12.8"),
+        ("12.8", True, "", None),  # CMakeLists.txt stops the build
+        ("", False, "", "torch 2.14.1 has no CUDA"),
+        ("", False, "8.0", None),
+        ("", True, "", None),
+    ],
+)
+def test_cuda_kernels_that_this_torch_cannot_run_are_left_out(
+    setup_py, monkeypatch, tmp_path, cuda, named, architectures, reason
+):
+    """Unless somebody has asked for them by name."""
+    nvcc = fake_nvcc(tmp_path, "13.0")
+    monkeypatch.setattr(setup_py.toolchain, "find_nvcc", lambda: nvcc)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path) if named else "")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+    chosen, why = setup_py.choose_nvcc("2.14.1", cuda)
+    assert (chosen, why) == (nvcc, "") if reason is None else chosen is None and re.match(reason, why), why
+
+
+def test_an_old_setuptools_is_named_before_it_fails_on_pyproject(tmp_path):
+    """As in a fresh environment of Python 3.10, with --no-build-isolation."""
+    (tmp_path / "setuptools.py").write_text("__version__ = '65.5.0'\nExtension = find_packages = setup = None\n")
+    code = (
+        "import sys, runpy, types, setuptools\n"
+        "for name in ('command', 'command.build_ext'): sys.modules[f'setuptools.{name}'] = types.ModuleType(name)\n"
+        "sys.modules['setuptools.command.build_ext'].build_ext = object\n"
+        f"runpy.run_path({str(ROOT / 'setup.py')!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("rfkernels: setuptools 65.5.0 is too old"), done.stderr
+
+
+def test_without_ninja_cmake_writes_makefiles(setup_py, monkeypatch, tmp_path):
+    monkeypatch.setattr(setup_py, "tool", lambda name: str(tmp_path / name))
+    assert setup_py.generator() == "Unix Makefiles"
+
+
 def test_tools_beside_the_interpreter_are_found(setup_py, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(setup_py.sysconfig, "get_path", lambda _: str(tmp_path / "bin"))
@@ -77,10 +125,10 @@ def test_settings_and_jobs_reach_cmake(setup_py, monkeypatch, tmp_path):
     commands, folders = [], set()
     monkeypatch.setattr(setup_py, "ROOT", tmp_path)
     monkeypatch.setattr(setup_py.subprocess, "check_call", commands.append)
-    monkeypatch.setattr(setup_py.subprocess, "check_output", lambda *_, **__: "/pybind11\n")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0+PTX;12.0")
     monkeypatch.setenv("RFKERNELS_HEAD_DIMS", "64, 128")
-    extension = setuptools.Extension("rfkernels._C", [])
+    monkeypatch.setattr(setup_py.shutil, "copy2", lambda *_: None)
+    extension = setuptools.Extension("rfkernels.rfkernels_kernels", [])
     for jobs, expected in (("3", "3"), ("", str(os.cpu_count()))):
         monkeypatch.setenv("MAX_JOBS", jobs)
         command = setup_py.CMakeBuild(setuptools.Distribution({"ext_modules": [extension]}))
@@ -103,23 +151,21 @@ def test_settings_and_jobs_reach_cmake(setup_py, monkeypatch, tmp_path):
 @pytest.fixture
 def configure(setup_py, tmp_path):
     """``configure(nvcc, torch_cuda)``: CMake's first step, as setup.py calls it."""
-    pybind11 = pytest.importorskip("pybind11").get_cmake_dir()
     cmake, ninja = (shutil.which(setup_py.tool(name)) for name in ("cmake", "ninja"))
     if not (cmake and ninja):
         pytest.skip("cmake and ninja are needed")
-    return partial(_configure, [cmake, f"-DCMAKE_MAKE_PROGRAM={ninja}", "-B", tmp_path / "build"], pybind11)
+    return partial(_configure, [cmake, f"-DCMAKE_MAKE_PROGRAM={ninja}", "-B", tmp_path / "build"])
 
 
-def _configure(command: list, pybind11: str, nvcc: str, torch_cuda: str, **more: str) -> subprocess.CompletedProcess:
+def _configure(command: list, nvcc: str, torch_cuda: str, **more: str) -> subprocess.CompletedProcess:
     options = {
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11,
         "RF_TORCH_DIR": Path(torch.__file__).parent,
         "RF_TORCH_VERSION": "2.14.1",
         "RF_TORCH_CUDA": torch_cuda,
         "RF_TORCH_TARGET": toolchain.oldest_torch(),
         "RF_TORCH_TARGET_CODE": toolchain.torch_target(),
         "RF_NVCC": nvcc,
+        "RF_CUDA_REASON": "" if nvcc else "no nvcc was found",
         **more,
     }
     command = [*command, "-G", "Ninja", "-S", ROOT, *(f"-D{name}={value}" for name, value in options.items())]
@@ -165,6 +211,23 @@ def test_without_nvcc_it_builds_for_the_cpu_and_says_so(configure):
 def test_impossible_settings_are_named(configure, tmp_path, option, value, error):
     done = configure(fake_nvcc(tmp_path, "13.0"), "13.0", **{option: value})
     assert done.returncode != 0 and re.search(error, " ".join(done.stderr.split())), done.stderr
+
+
+def test_a_library_of_another_version_says_so(monkeypatch, tmp_path):
+    """One that is older than what it says of itself: a clear reason, and the package works without it."""
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or pytest.skip("no C++ compiler")
+    source = tmp_path / "other.cpp"
+    source.write_text('extern "C" const char* rfkernels_build() { return "torch_version=2.14.1"; }\n')
+    library = tmp_path / "rfkernels_kernels.so"
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True)
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    missing, build = native._load()
+    assert build is None and missing == "rfkernels_kernels.so is of another version of this package: reinstall it"
+    (tmp_path / "other").mkdir()  # of another name: the first is loaded
+    (tmp_path / "other" / library.name).write_bytes(b"no library")
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "other" / "native.py"))
+    missing, build = native._load()
+    assert build is None and missing.startswith("rfkernels_kernels.so does not load: ")
 
 
 # --- what a build serves ----------------------------------------------------------------------------------------------

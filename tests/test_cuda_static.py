@@ -51,6 +51,9 @@ def test_faults_are_seen():
     assert report.faults(row, 80) is None
     for change in ({"stack": 8}, {"spill_loads": 4}, {"ctas_by_registers": 1}, {"shared": 170000}):
         assert report.faults(row | change, 80)
+    loop = {"special": 64, "overlapped": 64}
+    assert report.faults(row | {"loop": loop}, 90) is None
+    assert "10 of 64 exponentials" in report.faults(row | {"loop": loop | {"overlapped": 10}}, 90)
 
 
 SERIALISED = """
@@ -102,7 +105,14 @@ SASS = """
 
 def test_the_shortest_way_through_a_loop():
     found = report.straight.row(SASS, 2)
-    assert found == {"tensor": 1, "special": 1, "other": 3, "per_score": 2.0, "copies_per_score": 0.5}
+    assert found == {
+        "tensor": 1, "special": 1, "other": 3, "overlapped": 0, "per_score": 2.0, "copies_per_score": 0.5,
+    }  # fmt: skip
+    waiting = SASS.replace("/*0060*/                   MUFU.EX2 R1, R1", "/*0060*/                   {}")
+    for before, after, overlapped in (("MUFU.EX2 R1, R1", "WARPGROUP.DEPBAR.LE gsb0, 0x0", 1),
+                                      ("WARPGROUP.DEPBAR.LE gsb0, 0x0", "MUFU.EX2 R1, R1", 0)):  # fmt: skip
+        text = waiting.format(f"{before} ;\n        /*0068*/                   {after}")
+        assert report.straight.row(text, 2)["overlapped"] == overlapped
 
 
 def test_dynamic_shared_memory_must_be_stated():

@@ -4,19 +4,14 @@ import itertools
 
 import pytest
 import torch
+import twins
 
-from rfkernels import native
 from rfkernels.contract.geometry import CacheGeometry, WindowMask
 
-needs_compiled = pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
 
-
-@needs_compiled
 @pytest.mark.parametrize("sink, window", [(0, 1), (0, 4), (1, 1), (3, 6), (2, 5)])
 def test_cache_geometry_equals_cpp(sink, window):
-    from rfkernels import _C
-
-    ours, theirs = CacheGeometry(sink, window, 7), _C.CacheGeometry(sink, window, 7)
+    ours, theirs = CacheGeometry(sink, window, 7), twins.CacheGeometry(sink, window, 7)
     numbers = torch.arange(40)
     for n in range(40):
         assert ours.evicted_frames(n) == theirs.evicted_frames(n) == ours.evicted_frames(numbers)[n]
@@ -28,14 +23,11 @@ def test_cache_geometry_equals_cpp(sink, window):
             assert ours.sink_position(slot, n, before) == theirs.sink_position(slot, n, before)
 
 
-@needs_compiled
 @pytest.mark.parametrize("chunk, first", [(1, 1), (3, 3), (3, 1), (4, 6)])
 @pytest.mark.parametrize("own_chunk", [True, False])
 def test_window_mask_equals_cpp(chunk, first, own_chunk):
-    from rfkernels import _C
-
     arguments = (2, 5, chunk, first, own_chunk)
-    ours, theirs = WindowMask(*arguments), _C.WindowMask(*arguments)
+    ours, theirs = WindowMask(*arguments), twins.WindowMask(*arguments)
     i, j = torch.arange(24)[:, None], torch.arange(24)
     dense = ours.visible(i, j)
     for a, b in itertools.product(range(24), range(24)):

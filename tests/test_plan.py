@@ -3,8 +3,8 @@
 import itertools
 
 import pytest
+import twins
 
-from rfkernels import native
 from rfkernels.backends.plan import MOST_SHARES, key_shares, sharing_cost
 
 PROCESSORS = {"RTX 3090": 82, "A100": 108, "H100": 132, "B200": 148, "RTX 5090": 170}
@@ -61,10 +61,7 @@ def test_sharing_never_costs_more_by_its_own_measure():
         assert sharing_cost(chosen, *sizes) <= sharing_cost(1, *sizes)
 
 
-@pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
 def test_equals_cpp():
-    from rfkernels import _C
-
     for tiles, keys, kernel, processors in GRID:
         sizes = (tiles, keys, KERNELS[kernel][0], processors, KERNELS[kernel][1])
-        assert key_shares(*sizes) == _C.key_shares(*sizes), sizes
+        assert key_shares(*sizes) == twins.key_shares(*sizes), sizes

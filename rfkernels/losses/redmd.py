@@ -145,12 +145,13 @@ class ReDMDLoss(torch.nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss, and with ``return_metrics`` a dict of tensors on the device (nothing is read by the host).
 
+        Arguments that are not listed are those of `redmd_loss`.
+
         Args:
             reward: ``[B]``, finite, on x's device; never differentiated. Checked on the CPU (but not by a compiled
                 loss); on another device the host would have to wait for it, so there a nan or infinity reaches the
                 loss and the gradient: check the gradient's norm, as `ReDMDTrainer` does.
             sample_weight: ``[B]``, multiplies the weights of the reward.
-            the rest as in `redmd_loss`.
 
         Returns:
             loss; metrics ``weight`` ``[B]`` as it was used, ``effective_sample_size`` of it, and ``gradient_norm``

@@ -138,7 +138,7 @@ class StreamingSampler:
         """Chunk after chunk of clean latents, as `step` returns them; goes on from where the sampler is.
 
         Args:
-            num_frames: latent frames to generate (the last chunk may be short); None: for ever.
+            num_frames: latent frames to generate (the last chunk may be short); None: without end.
             seed: of the noise, default the last one given (0 at first).
             initial: clean latents ``[B, any length, C, h, w]`` to continue from (an image, a video); not yielded.
             progress: a bar with frames per second; default: if tqdm is there and stderr is a terminal.

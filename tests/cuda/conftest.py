@@ -1,12 +1,17 @@
-"""CUDA kernels as PTX, compiled once (kept under build/ptx until a source changes), executed by the emulator."""
+"""CUDA kernels as PTX, compiled once (kept under build/ptx until a source changes), executed by the emulator or,
+where there is one, by a GPU."""
 
 import hashlib
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from ptx import emulator
 from ptx.compile import find_nvcc, nvcc_ptx
+
+from cuda.device import Module
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "build" / "ptx"
@@ -32,17 +37,28 @@ def cuda_ptx(name: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def cuda_module():
-    """``cuda_module("attention/merge")``: a module of the emulator, parsed once."""
+def emulated_module():
+    """``emulated_module("attention/merge")``: a module of the emulator, parsed once."""
     if reason := emulator.unavailable():
         pytest.skip(reason)
     if find_nvcc() is None:
         pytest.skip("no nvcc: the CUDA kernels cannot be compiled")
-    modules = {}
+    return cache(lambda name: emulator.Module(cuda_ptx(name)))
 
-    def module(name: str) -> emulator.Module:
-        if name not in modules:
-            modules[name] = emulator.Module(cuda_ptx(name))
-        return modules[name]
+
+@pytest.fixture(scope="session")
+def cuda_module(device, request):
+    """The same, on a GPU where there is one."""
+    if device.type != "cuda":
+        return request.getfixturevalue("emulated_module")
+    if find_nvcc() is None:
+        pytest.skip("no nvcc: the CUDA kernels cannot be compiled")
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+
+    @cache
+    def module(name: str) -> Module:
+        if "/sm90/" in name and not hopper:
+            pytest.skip("the kernels of sm_90a run on Hopper only")
+        return Module(cuda_ptx(name))
 
     return module

@@ -12,13 +12,13 @@ from cuda.launch import INSTANCES, forward
 NAME, QUERIES, KEYS = f"{INSTANCES['sm80']}/forward_bf16_d128", 128, 1024
 
 
-def launch(cuda_module, keys: int = KEYS, head_dim: int = 128, **options):
+def launch(emulated_module, keys: int = KEYS, head_dim: int = 128, **options):
     """One block of queries over the full prefix, every tile seen by every row."""
     q = torch.randn(1, QUERIES, 1, head_dim).bfloat16()
     k, v = (torch.randn(1, keys, 1, head_dim).bfloat16() for _ in range(2))
     frames = keys // QUERIES
     return forward(
-        cuda_module, q, k, v, num_frames=torch.tensor([frames]), frame_tokens=QUERIES, capacity=frames,
+        emulated_module, q, k, v, num_frames=torch.tensor([frames]), frame_tokens=QUERIES, capacity=frames,
         scale=head_dim**-0.5, **options,
     )  # fmt: skip
 
@@ -29,9 +29,9 @@ def head_dim(request):
 
 
 @pytest.fixture(scope="module")
-def counts(cuda_module, head_dim):
+def counts(emulated_module, head_dim):
     torch.manual_seed(0)
-    return launch(cuda_module, head_dim=head_dim)[2]
+    return launch(emulated_module, head_dim=head_dim)[2]
 
 
 def test_tensor_operations(counts, head_dim):
@@ -66,7 +66,7 @@ def test_global_memory_traffic(counts, head_dim):
 
 
 @pytest.fixture(scope="module")
-def ptx_text(cuda_module):  # which skips where nothing can be compiled
+def ptx_text(emulated_module):  # which skips where nothing can be compiled
     return cuda_ptx(NAME)
 
 
@@ -83,7 +83,7 @@ def entry_lines(text: str, pattern: str) -> tuple[list[str], list[int]]:
     [(r"cp\.async\.wait_group", {"in-flight"}), (r"\bbar\.sync", {"shared-hazard", "in-flight", "uninitialised"})],
     ids=["wait", "barrier"],
 )
-def test_a_planted_defect_is_caught(cuda_module, ptx_text, pattern, kinds):
+def test_a_planted_defect_is_caught(emulated_module, ptx_text, pattern, kinds):
     """Each wait for copies and each barrier of the main loop is needed: without it the checker objects."""
     lines, places = entry_lines(ptx_text, pattern)
     in_loop = places if "wait" in pattern else places[-2:]  # the first barrier is between segments: a prefix has one
@@ -91,5 +91,5 @@ def test_a_planted_defect_is_caught(cuda_module, ptx_text, pattern, kinds):
     for place in in_loop:
         damaged = emulator.Module("\n".join("" if i == place else line for i, line in enumerate(lines)))
         with pytest.raises(emulator.PTXError) as caught:
-            launch(cuda_module, 256, module=damaged)
+            launch(emulated_module, 256, module=damaged)
         assert caught.value.kind in kinds

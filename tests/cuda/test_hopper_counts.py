@@ -16,9 +16,9 @@ NAME, HEAD_DIM, TILE_KEYS = f"{INSTANCES['sm90']}/forward_bf16_d128", 128, 128
 
 
 @pytest.fixture(scope="module")
-def counts(cuda_module):
+def counts(emulated_module):
     torch.manual_seed(0)
-    return launch(cuda_module, hopper=True)[2]
+    return launch(emulated_module, hopper=True)[2]
 
 
 def test_tensor_operations(counts):
@@ -42,13 +42,15 @@ def test_global_memory_traffic(counts):
     assert counts.global_store_bytes == written
 
 
-def two_segments(cuda_module, module, seed=0):
+def two_segments(emulated_module, module, seed=0):
     """Three tiles of a window, then two of sinks outside it, which meet the queries in another rotation."""
     keys = 6 * TILE_KEYS  # one is in neither: evicted
-    q, k, v = (torch.randn(1, n, 1, HEAD_DIM).bfloat16() for n in (QUERIES, keys, keys))
+    q, k, v = (torch.randn(1, n, 1, HEAD_DIM) for n in (QUERIES, keys, keys))
+    k *= torch.linspace(0.1, 8.0, keys)[:, None, None]  # so that shifts are raised in later tiles too
+    q, k, v = (x.bfloat16() for x in (q, k, v))
     rope = rf.Rope3D(HEAD_DIM, 8, 16).tables("cpu", torch.bfloat16)
     mask = WindowMask(2 * TILE_KEYS, 3 * TILE_KEYS, QUERIES, QUERIES, True)
-    return forward(cuda_module, q, k, v, mask=mask, rope=rope, scale=0.1, hopper=True, module=module, seed=seed)
+    return forward(emulated_module, q, k, v, mask=mask, rope=rope, scale=0.1, hopper=True, module=module, seed=seed)
 
 
 # In the order of the text: what stands there, which are needed, what is found without one.
@@ -58,7 +60,7 @@ SYNCHRONISATIONS = {
     "proxy": (r"fence\.proxy\.async", 4, {"proxy-fence"}),
     "fence": (r"wgmma\.fence", 4, {"wgmma-fence"}),
     "commit": (r"wgmma\.commit_group", 4, {"in-flight"}),
-    "wait": (r"wgmma\.wait_group", 4, {"in-flight"}),
+    "wait": (r"wgmma\.wait_group", 5, {"in-flight"}),
     "full or empty": (r"mbarrier\.try_wait", 5, {"shared-hazard", "in-flight", "mbarrier"}),
     "release": (r"mbarrier\.arrive\.shared", 4, {"mbarrier"}),
     "copied": (r"cp\.async\.mbarrier\.arrive", 2, {"mbarrier", "in-flight"}),
@@ -69,9 +71,9 @@ COVERED_BY_OTHERS = {("proxy", 0), ("fence", 2)}
 
 
 @pytest.mark.parametrize("what", SYNCHRONISATIONS)
-def test_a_planted_defect_is_caught(cuda_module, what):
+def test_a_planted_defect_is_caught(emulated_module, what):
     pattern, count, kinds = SYNCHRONISATIONS[what]
-    cuda_module(NAME)  # skips where nothing can be compiled
+    emulated_module(NAME)  # skips where nothing can be compiled
     lines = cuda_ptx(NAME).splitlines()
     places = [i for i, line in enumerate(lines) if re.search(pattern, line)]
     assert len(places) == count
@@ -82,5 +84,5 @@ def test_a_planted_defect_is_caught(cuda_module, what):
         rest = place + (2 if what == "full or empty" else 1)  # the branch back too
         damaged = emulator.Module("\n".join(lines[:place] + [""] * (rest - place) + lines[rest:]))
         with pytest.raises(emulator.PTXError) as caught:
-            two_segments(cuda_module, damaged)
+            two_segments(emulated_module, damaged)
         assert caught.value.kind in kinds, f"{what} {index}: {caught.value}"

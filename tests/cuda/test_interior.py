@@ -45,10 +45,10 @@ def test_every_head_dim(nvcc, arch, head_dim):
     check(nvcc, arch, head_dim)
 
 
-def test_every_tile_rescaled_is_right(cuda_module):
+def test_every_tile_rescaled_is_right(emulated_module):
     """On the inputs that make every tile pass the one before by 2**16: the result, and that they do."""
     q, k, v = (x.double()[0, :, 0] for x in interior.inputs(128, rising=True))
-    module = cuda_module("attention/sm80/instances/forward_bf16_d128")
+    module = emulated_module("attention/sm80/instances/forward_bf16_d128")
     out, lse, counts = interior.emulate(module, 128, 64, rising=True)
     scores = q @ k.T * 128**-0.5
     exact = scores.softmax(-1) @ v

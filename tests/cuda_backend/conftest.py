@@ -1,15 +1,12 @@
 """One fixture decides: the CUDA backend runs on a GPU where there is one, else on CPU tensors in the PTX emulator."""
 
-import patched
 import pytest
 
-from rfkernels import native
 from rfkernels.backends import cuda
-from rfkernels.backends.cuda import compiled
 
 
 @pytest.fixture(autouse=True)
-def emulated(device, monkeypatch):
+def emulated(device):
     """The module `emulated`, or None on a GPU. Within the test ``rf.use_backend("cuda")`` works."""
     if device.type == "cuda":
         if reason := cuda.unavailable(device):
@@ -20,9 +17,5 @@ def emulated(device, monkeypatch):
 
     if reason := emulated.unavailable():
         pytest.skip(reason)
-    for namespace in ("native", "private"):
-        monkeypatch.setattr(compiled, namespace, emulated.load())
-    monkeypatch.setattr(native, "cuda_head_dims", (64, 80, 96, 128, 256))
-    emulated.launches.clear()
-    with patched.serving("cuda"):
+    with emulated.on_emulator():
         yield emulated

@@ -14,18 +14,21 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
+import patched
 import torch
 from cuda.conftest import cuda_ptx
 from filelock import FileLock
 from ptx import compile as ptx_compile
 from ptx import emulator
 
-from rfkernels.backends.cuda import requests
+from rfkernels import native
+from rfkernels.backends.cuda import compiled, requests
 from rfkernels.contract import ops
 from rfkernels.toolchain import torch_target
 
@@ -125,6 +128,18 @@ def load():
     load.library = library  # lives as long as the process
     torch.ops.load_library(str(_library()))
     return getattr(torch.ops, NAMESPACE)
+
+
+@contextmanager
+def on_emulator() -> Iterator[None]:
+    """Within the block ``use_backend("cuda")`` serves CPU tensors, with kernels of every head size."""
+    with ExitStack() as stack:
+        for namespace in ("native", "private"):
+            stack.enter_context(mock.patch.object(compiled, namespace, load()))
+        stack.enter_context(mock.patch.object(native, "cuda_head_dims", (64, 80, 96, 128, 256)))
+        stack.enter_context(patched.serving("cuda"))
+        launches.clear()
+        yield
 
 
 @contextmanager

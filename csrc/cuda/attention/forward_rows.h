@@ -9,7 +9,9 @@ template <class Config>
 struct WarpRows {
   static constexpr int kRowBlocks = Config::kRowBlocks, kRows = 2 * kRowBlocks;  // kRows: rows of a thread
   static constexpr int kKeyUnits = Config::kTileKeys / 8, kColumnUnits = Config::kHeadDim / 8;
+  using T = typename Config::Element;
   using Scores = float[kRowBlocks][kKeyUnits][4];
+  using Weights = uint32_t[kRowBlocks][kKeyUnits / 2][4];  // packed: an `a` of mma for every sixteen keys
 
   float rOut[kRowBlocks][kColumnUnits][4] = {};
   SoftmaxState<kRows> softmax;
@@ -22,6 +24,45 @@ struct WarpRows {
 #pragma unroll
       for (int n = 1; n < kKeyUnits; ++n) largest[r] = fmaxf(largest[r], fmaxf(s[n][2 * r], s[n][2 * r + 1]));
     }
+  }
+
+  // The weights of a row block, rounded, and what a thread's part of each row sums to.
+  __device__ __forceinline__ void exponentiate(uint32_t (&p)[kKeyUnits / 2][4], float (&sums)[2],
+                                               const float (&s)[kKeyUnits][4], float scale2, int m) const {
+    sums[0] = sums[1] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kKeyUnits; ++n)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float low = exp2_fast(__fmaf_rn(s[n][2 * r], scale2, -softmax.shift[2 * m + r]));
+        const float high = exp2_fast(__fmaf_rn(s[n][2 * r + 1], scale2, -softmax.shift[2 * m + r]));
+        sums[r] += low;
+        sums[r] += high;
+        p[n / 2][n % 2 * 2 + r] = pack<T>(low, high);
+      }
+  }
+
+  // Weights of a row block's new scores. A maximum is sought only where weights come out too large, seldom after the
+  // first tile: then the shift is raised and the weights are formed anew. (A thread sums at most 32 weights of a row,
+  // so where they exceed 256 one is more than 8, and a shift grows by 3 or more.) raised(factor): is called then, for
+  // what was summed must be multiplied. Returns whether it was.
+  template <class Raised>
+  __device__ __forceinline__ bool weigh(uint32_t (&p)[kKeyUnits / 2][4], const float (&s)[kKeyUnits][4], float scale2,
+                                        int m, const Raised& raised) {
+    static_assert(2 * kKeyUnits <= 32);
+    float sums[2];
+    exponentiate(p, sums, s, scale2, m);
+    const bool too_large = softmax.too_large(sums);
+    if (too_large) {
+      float largest[2], factor[2];
+      find_largest(s, largest);
+      softmax.raise(largest, scale2, factor, 2 * m);
+      raised(factor);
+      exponentiate(p, sums, s, scale2, m);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) softmax.total[2 * m + r] += sums[r];
+    return too_large;
   }
 
   // Multiplies what a row block has summed.

@@ -42,8 +42,7 @@ struct SoftmaxState {
     for (int r = 0; r < kRows; ++r) shift[r] = -FLT_MAX, total[r] = 0.0f;  // finite: an empty row makes no NaN
   }
 
-  // Two ways to find out whether a row of the warp must be raised; the same for every lane.
-  // largest: of this thread's new scores per row.
+  // Whether a row of the warp must be raised; the same for every lane.
   __device__ __forceinline__ bool exceeds(const float (&largest)[kRows], float scale2) const {
     float excess = -FLT_MAX;
 #pragma unroll

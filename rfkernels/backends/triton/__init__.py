@@ -8,10 +8,8 @@ Modules with kernels are imported at the first call, so that importing rfkernels
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import os
-import re
 import sys
 
 import torch
@@ -29,7 +27,6 @@ from ...contract.requests import (
 
 _HEAD_DIMS = range(32, 257, 16)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_OLDEST = (3, 6)  # that of torch 2.10, the oldest whose compiled kernels the emulator has run
 _Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -45,6 +42,18 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
+@functools.cache
+def _interpreter_fault() -> str | None:
+    """Why the interpreter of this Triton does not work here, or None."""
+    import numpy
+    import triton
+
+    versions = [tuple(int(x) for x in module.__version__.split(".")[:2]) for module in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        return f"the interpreter of Triton {triton.__version__} needs numpy < 2.4, here is {numpy.__version__}"
+    return None
+
+
 @functools.cache  # a search of the file system
 def _found() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -56,55 +65,18 @@ def _installed() -> bool:
     return _found()
 
 
-@functools.cache
-def version() -> tuple[int, int]:
-    """Triton's version, major and minor; asked of the installed package, which need not be imported for that."""
-    try:
-        text = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # a build under another name
-        import triton
-
-        text = triton.__version__
-    return numbers(text)
-
-
-def numbers(text: str) -> tuple[int, int]:
-    """The first two numbers of a version such as ``3.6.0+git1234`` or ``2.4.0rc1``."""
-    found = re.match(r"(\d+)\.(\d+)", text)
-    if found is None:
-        raise ValueError(f"a version must begin with two numbers, as 3.6, got {text!r}")
-    return int(found[1]), int(found[2])
-
-
-def interpreter_fails() -> str | None:
-    """Why Triton's interpreter cannot run the kernels beside the installed numpy, or None."""
-    if version() >= (3, 7):
-        return None
-    numpy = importlib.metadata.version("numpy")
-    if numbers(numpy) < (2, 4):
-        return None
-    return (  # a loop's bounds are arrays of one element to it
-        f"the interpreter of Triton {_written(version())} takes arrays for numbers, which numpy {numpy} refuses: "
-        "it needs numpy < 2.4, or Triton 3.7"
-    )
-
-
-def _written(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
-
-
 def unavailable(device: torch.device) -> str | None:
     """Why the kernels do not run on ``device``, or None."""
     if not _installed():
         return "Triton is not installed (pip install triton)"
-    if version() < _OLDEST:
-        return f"needs Triton {_written(_OLDEST)} or later (torch 2.10 brings it), found {_written(version())}"
-    if device.type == "cpu" and not interpreted():
-        return "on a CPU only in Triton's interpreter: set TRITON_INTERPRET=1 before import"
-    if device.type not in ("cpu", "cuda"):
+    if device.type == "cpu":
+        if not interpreted():
+            return "on a CPU only in Triton's interpreter: set TRITON_INTERPRET=1 before import"
+        return _interpreter_fault()
+    if device.type != "cuda":
         return f"Triton kernels here are for CUDA devices, not {device.type}"
     if interpreted():
-        return interpreter_fails()
+        return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):

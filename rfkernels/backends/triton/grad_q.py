@@ -58,9 +58,21 @@ def _sweep_segment(
         acc, q, terms, held, columns, bounds.start, bounds.stop, bounds, scale, False, False, GRAD_LSE, BLOCK_N, STAGES
     )
     return _sweep_keys(
-        acc, q, terms, held, columns, bounds.stop, bounds.end, bounds, scale, True, ROW_BOUNDS, GRAD_LSE, BLOCK_N,
+        acc,
+        q,
+        terms,
+        held,
+        columns,
+        bounds.stop,
+        bounds.end,
+        bounds,
+        scale,
+        True,
+        ROW_BOUNDS,
+        GRAD_LSE,
+        BLOCK_N,
         STAGES,
-    )  # fmt: skip
+    )
 
 
 @triton.jit

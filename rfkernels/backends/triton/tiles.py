@@ -13,11 +13,11 @@ import torch
 import triton
 
 from ..plan import key_shares
-from . import version
 from .launch import padded
 
+_BEFORE_3_7 = tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 7)
 # Below 3.7 the compiler puts no fence between what cp.async writes to shared memory and wgmma's reads of it (sm_90).
-COPIES_ARE_FENCED = version() >= (3, 7)
+COPIES_ARE_FENCED = not _BEFORE_3_7
 
 _INTERPRETER_PROCESSORS = 8  # so that small tests both split and do not
 
@@ -60,7 +60,7 @@ def forward_tile(
     if dtype == torch.float32:
         # Exact products are scalar multiply-adds. With one stage ptxas gathers whole rows of both operands and spills;
         # so it does with 32 keys beside row bounds at 128 columns, and 64 rows leave one block an SM.
-        few = block_d > 128 or (block_d, use) == (128, "window")
+        few = block_d > 128 or (block_d == 128 and (use == "window" or (shared and _BEFORE_3_7)))
         return TileSize(32, 16 if few else 32, 4, 2)
     if arch == 90 and not COPIES_ARE_FENCED:
         return _through_registers(block_d)
@@ -106,7 +106,7 @@ def backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str,
             return TileSize(32 if of == "queries" else 16, 32, 4, 1)
         return TileSize(16, 16, 4 if block_d == 128 else 8, 1)
     if arch == 90 and not COPIES_ARE_FENCED and block_d <= 128:
-        # 32 rows of a product go by mma.sync, which reads registers; one stage, as forward, spills at 64.
+        # 32 rows of a product go by mma.sync, which reads registers. One stage, as forward, spills at 64.
         return TileSize(32, 64, 8, 2) if of == "queries" else TileSize(64, 32, 8, 2)
     if block_d == 32:  # on sm_90 two stages of 64 rows crash ptxas 12.9 (a window's queries, with a rope)
         return TileSize(64, 32, 8, 1 if (of, arch) == ("queries", 90) else 2)

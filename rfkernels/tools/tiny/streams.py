@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...models import CausalWan, StreamingSampler, from_pretrained
+from .. import extras_folder
 from . import clips, metrics
 from .presets import PRESETS
 
@@ -47,15 +47,18 @@ class Stream:
 
 
 def shipped() -> Path:
-    """The folder of the trained student that comes with the package: weights, and how they were made.
+    """The folder of the trained student that comes with the sources: weights, and how they were made.
 
     Raises:
         FileNotFoundError: this installation has none.
     """
-    folder = Path(str(resources.files(__package__))) / "weights"
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"no weights in {folder}: python -m rfkernels train --preset tiny makes them")
-    return folder
+    for folder in (Path(__file__).with_name("weights"), extras_folder("weights")):
+        if folder is not None and (folder / "config.json").exists():
+            return folder
+    raise FileNotFoundError(
+        "this install has no weights for the demo: they are in the source tree and in the package rfkernels-extras; "
+        "or python -m rfkernels train --preset tiny makes some, for demo --model"
+    )
 
 
 def load(folder: Path | None = None, device: torch.device | str = "cpu") -> CausalWan:

@@ -14,10 +14,9 @@ struct MmaRows : WarpRows<Config> {
   using QAddresses = BlockAddresses<typename Config::QTile, false>;
   using KAddresses = BlockAddresses<typename Config::KVTile, true>;
   using VAddresses = BlockAddresses<typename Config::KVTile, false>;
-  using Base::find_largest, Base::rescale, Base::rOut, Base::softmax;
   using Base::kKeyUnits, Base::kRowBlocks;
-  using typename Base::Scores;
-  using Weights = uint32_t[kRowBlocks][kKeyUnits / 2][4];  // packed: an `a` of mma for every sixteen keys
+  using Base::rescale, Base::rOut, Base::softmax;
+  using typename Base::Scores, typename Base::Weights;
 
   static __device__ __forceinline__ void scores(Scores& s, const QAddresses& sQ, const KAddresses& sK) {
 #pragma unroll
@@ -38,41 +37,12 @@ struct MmaRows : WarpRows<Config> {
     }
   }
 
-  // The weights of a row block, rounded, and what a thread's part of each row sums to.
-  __device__ __forceinline__ void exponentiate(uint32_t (&p)[kKeyUnits / 2][4], float (&sums)[2],
-                                               const float (&s)[kKeyUnits][4], float scale2, int m) const {
-    sums[0] = sums[1] = 0.0f;
-#pragma unroll
-    for (int n = 0; n < kKeyUnits; ++n)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float low = exp2_fast(__fmaf_rn(s[n][2 * r], scale2, -softmax.shift[2 * m + r]));
-        const float high = exp2_fast(__fmaf_rn(s[n][2 * r + 1], scale2, -softmax.shift[2 * m + r]));
-        sums[r] += low;
-        sums[r] += high;
-        p[n / 2][n % 2 * 2 + r] = pack<T>(low, high);
-      }
-  }
-
-  // Weights of new scores. A maximum is sought only where weights come out too large, seldom after the first tile: then
-  // the shift is raised, what was summed multiplied, and the weights are formed anew. (16 weights of a row sum to more
-  // than 256 in a thread, so one is more than 16, and a shift grows by 4 or more.) All are packed before the products
-  // with V begin: sums put off until then keep 64 registers in the way of the products' operands.
+  // All are packed before the products with V begin: sums put off until then keep 64 registers in the way of the
+  // products' operands.
   __device__ __forceinline__ void weigh(Weights& p, const Scores& s, float scale2) {
 #pragma unroll
-    for (int m = 0; m < kRowBlocks; ++m) {
-      float sums[2];
-      exponentiate(p[m], sums, s[m], scale2, m);
-      if (softmax.too_large(sums)) {
-        float largest[2], factor[2];
-        find_largest(s[m], largest);
-        softmax.raise(largest, scale2, factor, 2 * m);
-        rescale(factor, m);
-        exponentiate(p[m], sums, s[m], scale2, m);
-      }
-#pragma unroll
-      for (int r = 0; r < 2; ++r) softmax.total[2 * m + r] += sums[r];
-    }
+    for (int m = 0; m < kRowBlocks; ++m)
+      Base::weigh(p[m], s[m], scale2, m, [&](const float (&factor)[2]) { rescale(factor, m); });
   }
 
   // out += p * V, sixteen keys at a time.

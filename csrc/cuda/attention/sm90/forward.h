@@ -5,7 +5,8 @@
 // with it, so that the consumers need not keep step and one's softmax runs beside the other's products. Within a
 // consumer the softmax of a tile runs beside the product of the last tile's weights with its values.
 // Registers: 168 a thread at launch. Copying needs few, so the producers hand theirs to the consumers, which hold
-// (head_dim 128, 128 keys) an accumulator of 64, scores 64 and the last tile's weights 32.
+// (head_dim 128, 128 keys) an accumulator of 64, scores 64, and the weights of the last tile and of this one, 32 each;
+// for head_dim 256, with 64 keys, 128, 32 and 16, this tile's weights in the place of the scores.
 // Shared memory holds SharedTiles, whose permutation is wgmma's swizzle.
 #pragma once
 #include "../forward_rows.h"
@@ -36,7 +37,7 @@ struct HopperConfig {
   static constexpr int kSharedBarriers = kSharedV + kStages * KVTile::kBytes;
   static constexpr int kSharedBytes = kSharedBarriers + kHopperBarrierBytes;
 
-  static_assert(kHeadDim / 2 + kTileKeys / 2 + kTileKeys / 4 <= 192, "accumulator, scores and weights");
+  static_assert(kHeadDim / 2 + kTileKeys / 2 + kTileKeys / 4 * (kHeadDim > 128 ? 1 : 2) <= 192);
   static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= 168 * kBlockThreads);
   static_assert(kHopperBarrierBytes == 2 * 2 * 8 * kStages);
   static_assert(kSharedBytes == kTiles.shared_bytes() && kSharedBytes <= 227 * 1024, "a block of sm_90");
@@ -101,6 +102,7 @@ __device__ __forceinline__ void produce(const ForwardParams& params, const Ring<
       arrive_when_copied(sV.full(turn));
     }
   }
+  wait_all_copies();  // no copy outlives the thread that asked for it
 }
 
 // scores = Q * K^T, committed.
@@ -128,28 +130,63 @@ __device__ __forceinline__ void start_output(float (&out)[1][Config::kHeadDim / 
   commit_products();
 }
 
-// Weights take the place of the scores; they are packed once the last tile's are used up.
-template <class Config>
-__device__ __forceinline__ void exponentiate(float (&s)[1][Config::kTileKeys / 8][4], SoftmaxState<2>& softmax,
-                                             float scale2) {
-#pragma unroll
-  for (int n = 0; n < Config::kTileKeys / 8; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      s[0][n][i] = exp2_fast(__fmaf_rn(s[0][n][i], scale2, -softmax.shift[i / 2]));
-      softmax.total[i / 2] += s[0][n][i];
-    }
-}
+// Weights of this tile while the product with the last tile's still reads those. They are formed before the wait for
+// it, as the source says: forming them ends with a branch, for up to the start of a basic block the assembler would
+// move the wait, and most exponentials would follow it. raised: as in WarpRows::weigh.
+template <class Config, bool kInPlace = (Config::kHeadDim > 128)>
+struct NextWeights {
+  using Rows = WarpRows<Config>;
+  typename Rows::Weights packed;
 
+  template <class Raised>
+  __device__ __forceinline__ void form(Rows& rows, typename Rows::Scores& s, float scale2, const Raised& raised) {
+    rows.weigh(packed[0], s[0], scale2, 0, raised);
+  }
+  // A real move: the compiler would otherwise form the weights where the product still reads the last ones.
+  __device__ __forceinline__ void take(typename Rows::Weights& weights, typename Rows::Scores&) const {
+#pragma unroll
+    for (int n = 0; n < Rows::kKeyUnits / 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        asm volatile("mov.b32 %0, %1;" : "=r"(weights[0][n][i]) : "r"(packed[0][n][i]) : "memory");
+  }
+};
+
+// In the place of the scores, where the accumulator leaves no registers for both. Then nothing can be formed anew, and
+// the largest score is sought first.
 template <class Config>
-__device__ __forceinline__ void pack_weights(uint32_t (&weights)[Config::kTileKeys / 16][4],
-                                             const float (&s)[1][Config::kTileKeys / 8][4]) {
+struct NextWeights<Config, true> {
+  using Rows = WarpRows<Config>;
+
+  template <class Raised>
+  __device__ __forceinline__ void form(Rows& rows, typename Rows::Scores& s, float scale2, const Raised& raised) {
+    float largest[2], sums[2] = {};
+    rows.find_largest(s[0], largest);
+    if (rows.softmax.exceeds(largest, scale2)) {
+      float factor[2];
+      rows.softmax.raise(largest, scale2, factor);
+      raised(factor);
+    }
 #pragma unroll
-  for (int n = 0; n < Config::kTileKeys / 8; ++n)
+    for (int n = 0; n < Rows::kKeyUnits; ++n)
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      weights[n / 2][n % 2 * 2 + half] = pack<typename Config::Element>(s[0][n][2 * half], s[0][n][2 * half + 1]);
-}
+      for (int i = 0; i < 4; ++i) {
+        s[0][n][i] = exp2_fast(__fmaf_rn(s[0][n][i], scale2, -rows.softmax.shift[i / 2]));
+        sums[i / 2] += s[0][n][i];
+      }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rows.softmax.total[r] += sums[r];
+    if (rows.softmax.too_large(sums)) asm volatile("nanosleep.u32 0;" ::: "memory");  // for the branch alone
+  }
+  __device__ __forceinline__ void take(typename Rows::Weights& weights, typename Rows::Scores& s) const {
+    settle(s[0]);
+#pragma unroll
+    for (int n = 0; n < Rows::kKeyUnits; ++n)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        weights[0][n / 2][n % 2 * 2 + r] = pack<typename Config::Element>(s[0][n][2 * r], s[0][n][2 * r + 1]);
+  }
+};
 
 // Of all consumers.
 template <class Config>
@@ -177,40 +214,37 @@ __device__ __forceinline__ void consume(const ForwardParams& params, uint32_t sQ
     fence_async_proxy();
     consumer_barrier<Config>();
 
-    float scores[1][Config::kTileKeys / 8][4];
-    uint32_t weights[Config::kTileKeys / 16][4];
-    float factor[2];
-    const auto weigh = [&](int key) {  // whether older sums must be multiplied by factor
+    typename WarpRows<Config>::Scores scores;
+    typename WarpRows<Config>::Weights weights;
+    NextWeights<Config> next;
+    const auto weigh = [&](int key, const auto& raised) {
       if (keys.hides(key, Config::kTileKeys)) hide_unseen<Config>(scores, params, keys.end, part, key);
-      float largest[2];
-      rows.find_largest(scores[0], largest);
-      const bool raised = rows.softmax.exceeds(largest, scale2);
-      if (raised) rows.softmax.raise(largest, scale2, factor);
-      exponentiate<Config>(scores, rows.softmax, scale2);
-      return raised;
+      next.form(rows, scores, scale2, raised);
     };
     sK.wait_full(turn);
     start_scores<Config>(scores, q, sK.tile(turn));
     wait_products<0>(scores[0]);
     sK.release(turn);
-    if (weigh(keys.begin)) rows.rescale(factor);
-    pack_weights<Config>(weights, scores);
+    weigh(keys.begin, [&](const float (&factor)[2]) { rows.rescale(factor); });
+    next.take(weights, scores);
 #pragma unroll 1
     for (int key = keys.begin + Config::kTileKeys; key < keys.end; key += Config::kTileKeys, ++turn) {
       sK.wait_full(turn + 1);
       start_scores<Config>(scores, q, sK.tile(turn + 1));
       // Its values are there too: an arrival stands for all copies that its thread issued before.
-      start_output<Config>(rows.rOut, weights, sV.tile(turn));
+      start_output<Config>(rows.rOut, weights[0], sV.tile(turn));
       wait_products<1>(scores[0]);
       sK.release(turn + 1);
-      const bool raised = weigh(key);
-      wait_products<0>(rows.rOut[0], scores[0]);
+      weigh(key, [&](const float (&factor)[2]) {
+        wait_products<0>(rows.rOut[0]);  // seldom, so it may cost the overlap
+        rows.rescale(factor);
+      });
+      wait_products<0>(rows.rOut[0]);
       sV.release(turn);
-      if (raised) rows.rescale(factor);
-      pack_weights<Config>(weights, scores);
+      next.take(weights, scores);
     }
     sV.wait_full(turn);
-    start_output<Config>(rows.rOut, weights, sV.tile(turn));
+    start_output<Config>(rows.rOut, weights[0], sV.tile(turn));
     wait_products<0>(rows.rOut[0]);
     sV.release(turn++);
   }
