@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -62,20 +63,6 @@ def test_an_older_triton_is_refused_by_name(monkeypatch):
         assert (reason == f"Triton {version} is older than 3.6, which the kernels need") == refused
 
 
-def test_below_3_7_nothing_is_copied_asynchronously_on_hopper(monkeypatch):
-    """Its compiler puts no fence between such copies and wgmma; see docs/dev/triton.md."""
-    from rfkernels.backends.triton import tiles
-
-    monkeypatch.setattr(tiles, "COPIES_ARE_FENCED", False)
-    for head_dim, use in ((64, "prefix"), (128, "chunk"), (128, "window"), (256, "prefix")):
-        forward = tiles.forward_tile(90, head_dim, torch.bfloat16, use, rope=True, shared=False)
-        backward = [
-            tiles.backward_tile(90, head_dim, torch.float16, use, of, short=False) for of in ("queries", "keys")
-        ]
-        assert {tile.stages for tile in (forward, *backward)} == {1}
-    assert tiles.forward_tile(80, 128, torch.bfloat16, "chunk", rope=True, shared=False).stages == 2
-
-
 def test_importing_rfkernels_leaves_triton_alone():
     code = (
         "import sys, torch\nbefore = 'triton' in sys.modules\n"
@@ -100,6 +87,79 @@ def test_tiles_are_chosen_by_families_of_architectures():
 
     known = {80: 80, 86: 80, 89: 80, 90: 90, 100: 100, 103: 100, 110: 100, 120: 120, 121: 120}
     assert {arch: family(arch) for arch in known} == known
+
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_ARCHITECTURES = (80, 90, 100, 120)
+
+
+def chosen_tiles():
+    """Every tile of the attention kernels that a call can meet."""
+    from rfkernels.backends.triton import tiles
+
+    kinds = itertools.product(_ARCHITECTURES, range(32, 257, 16), _DTYPES)
+    for (arch, head_dim, dtype), yes in itertools.product(kinds, (False, True)):
+        for use, shared in itertools.product(("prefix", "chunk", "window"), (False, True)):
+            given = (arch, head_dim, dtype, use)
+            yield given, "forward", tiles.forward_tile(*given, rope=yes, shared=shared)
+        for use, of in itertools.product(("chunk", "window"), ("queries", "keys")):
+            given = (arch, head_dim, dtype, use)
+            yield given, of, tiles.backward_tile(*given, of, short=yes)
+
+
+def test_products_sum_over_16_at_least():
+    """What every supported Triton compiles; the edges of the forward kernel go in tiles of 16 at least."""
+    for given, of, tile in chosen_tiles():
+        assert min(tile.rows, tile.keys) >= 16, (given, of, tile)
+
+
+def test_no_wgmma_reads_copies_that_lack_a_fence(monkeypatch):
+    """Below Triton 3.7 on sm_90: copies go by registers (one stage), or products by mma.sync (fewer than 64 rows)."""
+    from rfkernels.backends.triton import tiles
+
+    monkeypatch.setattr(tiles, "COPIES_ARE_FENCED", False)
+    for (arch, head_dim, dtype, use), of, tile in chosen_tiles():
+        if arch == 90 and dtype != torch.float32:  # exact products of float32 are not wgmma's
+            product_rows = tile.keys if of == "keys" else tile.rows
+            assert tile.stages == 1 or product_rows < 64, (head_dim, dtype, use, of, tile)
+
+
+class _Parsed(Exception):
+    """A kernel has passed Triton's front end."""
+
+
+def _stop_after_parsing(*arguments):
+    """A hook of Triton's compiler."""
+
+    def stop(source, metadata):
+        raise _Parsed
+
+    if arguments:
+        arguments[1]["ttgir"] = stop
+    return "only parsed", "only parsed"
+
+
+@pytest.mark.parametrize("head_dim", [96, 256])
+def test_exact_products_pass_the_front_end(head_dim, monkeypatch):
+    """The front end of this Triton refuses shapes of products that another takes; the cheap part of what is below."""
+    import triton
+
+    aot = pytest.importorskip("benchmarks.aot", reason="needs the source tree")
+    from benchmarks.static_calls import calls
+
+    compile_or_launch, parsed = triton.runtime.jit.JITFunction.run, []
+
+    def parse(self, *args, grid, warmup, **options):
+        with pytest.raises(_Parsed):
+            compile_or_launch(self, *args, grid=grid, warmup=True, **options)
+        parsed.append(self.fn.__name__)
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", parse)
+    monkeypatch.setattr(triton.runtime.driver, "_active", aot._Driver(80))
+    monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", _stop_after_parsing)
+    for call in calls(torch.float32, head_dim).values():
+        call()
+    assert {"forward_kernel", "grad_q_kernel", "grad_kv_kernel", "begin_chunk_kernel"} <= set(parsed)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])

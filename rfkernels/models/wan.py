@@ -81,9 +81,11 @@ def _teacher_forcing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Ro
     """Tokens are [clean | noisy]: a noisy chunk sees itself and the clean frames before it."""
     (clean_q, noisy_q), (clean_k, noisy_k), (clean_v, noisy_v) = (x.chunk(2, 1) for x in (q, k, v))
     clean = sink_window_attention(clean_q, clean_k, clean_v, **mask, rope=rope)
-    past = sink_window_attention(noisy_q, clean_k, clean_v, **mask, rope=rope, own_chunk=False, return_lse=True)
+    past, past_lse = sink_window_attention(
+        noisy_q, clean_k, clean_v, **mask, rope=rope, own_chunk=False, return_lse=True
+    )
     own, own_lse = _own_chunk(noisy_q, noisy_k, noisy_v, rope, mask)
-    noisy, _ = merge_attention(*past, own, own_lse)
+    noisy, _ = merge_attention(past, past_lse, own, own_lse)
     return torch.cat([clean, noisy], 1)
 
 

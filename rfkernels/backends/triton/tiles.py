@@ -98,11 +98,6 @@ def backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str,
 
     short: frames of fewer than 64 tokens, so that every element of a tile may have an angle of its own.
     """
-    tile = _backward_tile(arch, head_dim, dtype, use, of, short=short)
-    return tile._replace(stages=1) if arch == 90 and not COPIES_ARE_FENCED else tile
-
-
-def _backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str, of: str, *, short: bool) -> TileSize:
     block_d = padded(head_dim)
     if arch is None:
         return TileSize(32, 32, 4, 1)
@@ -110,6 +105,10 @@ def _backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str
         if block_d <= 64:
             return TileSize(32 if of == "queries" else 16, 32, 4, 1)
         return TileSize(16, 16, 4 if block_d == 128 else 8, 1)
+    if arch == 90 and not COPIES_ARE_FENCED and block_d <= 128:
+        # 32 rows of a product go by mma.sync, which reads registers. One stage, as forward, spills at 64.
+        rows = 32 if block_d == 32 else 64  # beside a row bound 64 spill there
+        return TileSize(32, 64, 8, 2) if of == "queries" else TileSize(rows, 32, 8, 2)
     if block_d == 32:  # on sm_90 two stages of 64 rows crash ptxas 12.9 (a window's queries, with a rope)
         return TileSize(64, 32, 8, 1 if (of, arch) == ("queries", 90) else 2)
     if block_d == 64:  # 4 warps, and 64x64, spill; on sm_120 64 rows of queries do
