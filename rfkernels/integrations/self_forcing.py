@@ -96,7 +96,8 @@ def patch(
 def family_of(attention: nn.Module) -> Family:
     """The repository that a self-attention is from, by what its class and its module have."""
     if hasattr(attention, "compression_alpha"):
-        return Family("Reward-Forcing", float(attention.compression_alpha), "before_window", False, True)  # type: ignore[arg-type]
+        own_alpha: Any = attention.compression_alpha
+        return Family("Reward-Forcing", float(own_alpha), "before_window", False, True)
     if hasattr(sys.modules.get(type(attention).__module__), "block_relativistic_rope"):
         return Family("LongLive, infinite attention", 1.0, "before_window", True, True)
     if "sink_recache_after_switch" in inspect.signature(type(attention).forward).parameters:
@@ -176,7 +177,8 @@ class _Attention:
     ) -> Any:  # fmt: skip
         own: Any = self
         if kv_cache is None:
-            return super().forward(x, seq_lens, grid_sizes, freqs, block_mask, None, *args, **kwargs)  # type: ignore[misc]
+            given = (x, seq_lens, grid_sizes, freqs, block_mask, None, *args)
+            return super().forward(*given, **kwargs)  # type: ignore[misc]
         if not isinstance(kv_cache, LayerPast):
             raise RuntimeError("a patched self-attention takes its cache from the model: call the model, not the block")
         shape = (*x.shape[:2], own.num_heads, own.head_dim)

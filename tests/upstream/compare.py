@@ -21,6 +21,8 @@ def load(checkout, module):
     for name in ("wan", "wan.modules"):
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [str(Path(checkout, *name.split(".")))]
+    memory = sys.modules["utils.memory"] = types.ModuleType("utils.memory")  # LongLive's asks for a GPU when imported
+    memory.__getattr__ = lambda name: lambda *_, **__: None
     sys.path.insert(0, str(checkout))
     models = importlib.import_module("wan.modules.model"), importlib.import_module(f"wan.modules.{module}")
 
@@ -34,7 +36,8 @@ def load(checkout, module):
 def caches(dtype, local):
     heads = (HEADS, DIM // HEADS)
     own = [
-        {"k": torch.zeros(1, local * TOKENS, *heads, dtype=dtype), "v": torch.zeros(1, local * TOKENS, *heads, dtype=dtype),
+        {"k": torch.zeros(1, local * TOKENS, *heads, dtype=dtype),
+         "v": torch.zeros(1, local * TOKENS, *heads, dtype=dtype),
          "global_end_index": torch.tensor([0]), "local_end_index": torch.tensor([0])}
         for _ in range(LAYERS)
     ]  # fmt: skip
@@ -81,8 +84,8 @@ def main(checkout, module, dtype):
     theirs = load(checkout, module)
     torch.manual_seed(0)
     model = theirs.CausalWanModel(
-        dim=DIM, ffn_dim=96, num_heads=HEADS, num_layers=LAYERS, freq_dim=32, text_dim=32, text_len=8, local_attn_size=9,
-        sink_size=3,
+        dim=DIM, ffn_dim=96, num_heads=HEADS, num_layers=LAYERS, freq_dim=32, text_dim=32, text_len=8,
+        local_attn_size=9, sink_size=3,
     ).eval()  # fmt: skip
     for parameter in model.parameters():  # their head begins at zero
         torch.nn.init.normal_(parameter, std=0.3)
