@@ -22,7 +22,8 @@ def load(checkout, module):
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [str(Path(checkout, *name.split(".")))]
     memory = sys.modules["utils.memory"] = types.ModuleType("utils.memory")  # LongLive's asks for a GPU when imported
-    memory.__getattr__ = lambda name: lambda *_, **__: None
+    for name in ("gpu", "get_cuda_free_memory_gb", "DynamicSwapInstaller", "log_gpu_memory"):
+        setattr(memory, name, lambda *_, **__: None)
     sys.path.insert(0, str(checkout))
     models = importlib.import_module("wan.modules.model"), importlib.import_module(f"wan.modules.{module}")
 
