@@ -1,6 +1,5 @@
 """Every layout of weights on disk, round and back; and what is refused."""
 
-import argparse
 import copy
 import json
 import re
@@ -53,37 +52,6 @@ def test_pickled_by_a_trainer(held, tmp_path):
         assert same(load_checkpoint(blank(model), file, weights="generator"), other)
         with pytest.raises(ValueError, match="weights must be one of"):
             load_checkpoint(model, file, weights="critic")
-
-
-@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
-def test_prefixes_of_comfyui(prefix, tmp_path):
-    model = small(CPU, torch.float32)
-    save_file({prefix + k: v for k, v in model.state_dict().items()}, tmp_path / "x.safetensors")
-    assert same(load_checkpoint(blank(model), tmp_path / "x.safetensors"), model)
-
-
-def test_files_from_old_torch_and_with_options_beside_the_weights(tmp_path):
-    model, file = small(CPU, torch.float32), tmp_path / "x.pt"
-    state = model.state_dict()
-    torch.save(state, file, _use_new_zipfile_serialization=False)
-    assert same(load_checkpoint(blank(model), file), model)
-    torch.save({"generator": state, "args": argparse.Namespace(lr=1e-4, name="run")}, file)
-    assert same(load_checkpoint(blank(model), file), model)
-
-
-def test_weights_named_in_a_flat_file(tmp_path):
-    model = small(CPU, torch.float32)
-    torch.save(model.state_dict(), tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"weights must be None for .*holds one state dict itself, got 'generator'"):
-        load_checkpoint(model, tmp_path / "x.pt", weights="generator")
-
-
-@pytest.mark.parametrize("scale", ["scaled_fp8", "head.head.scale_weight"])
-def test_scaled_float8_is_refused(scale, tmp_path):
-    model = small(CPU, torch.float32)
-    save_file(model.state_dict() | {scale: torch.ones(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=f"must hold plain weights, got scaled float8 ones \\({scale}"):
-        load_checkpoint(model, tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("shard_size, pipeline", [("10GB", False), ("20KB", True)])

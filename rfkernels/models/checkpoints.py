@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,8 +39,6 @@ _CONDITIONED = (
     "add_ref_conv", "add_control_adapter", "vace_layers", "vace_in_channels", "audio_dim", "motion_encoder_dim",
 )  # fmt: skip
 _CHANNELS = (("in_dim", "in_channels"), ("out_dim", "out_channels"))
-_PREFIXES = ("model.", "diffusion_model.")
-_SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input", ".input_scale")  # beside float8 weights
 _SHOWN = 12  # names of each kind that an error spells out
 
 
@@ -54,8 +50,7 @@ def load_checkpoint(
     Args:
         path: a folder of safetensors, whole or sharded by an index (original Wan, diffusers, `save_checkpoint`; a
             diffusers pipeline's ``transformer`` is found), or a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file.
-            Pickled files are read with ``weights_only`` and memory-mapped (but those from before torch 1.6). ComfyUI's
-            prefixes are taken off; scaled float8 files are refused.
+            Pickled files are read with ``weights_only`` and memory-mapped.
         weights: of a .pt file that holds several: "generator_ema" or "generator". Default: the first of these there is.
         assign: make the file's memory-mapped tensors the parameters, in their own dtype, instead of copying into the
             model's: for a model on the meta device.
@@ -209,16 +204,7 @@ def read_checkpoint(path: str | os.PathLike[str], weights: str | None = None) ->
     elif path.suffix == ".safetensors":
         state = load_file(path)
     else:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # many trainers keep their options in the file
-            # Files from before torch 1.6 are no zip archives, and cannot be mapped.
-            mapped = zipfile.is_zipfile(path)
-            state = _unwrap(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), weights, path)
-    scaled = [key for key in state if key.endswith(_SCALES)]
-    if scaled:
-        raise ValueError(
-            f"{path} must hold plain weights, got scaled float8 ones ({scaled[0]} and {len(scaled) - 1} more): use "
-            "the file in bfloat16 or float16"
-        )
+        state = _unwrap(torch.load(path, map_location="cpu", weights_only=True, mmap=True), weights, path)
     state = {_own_name(key): tensor for key, tensor in state.items()}
     if any(name.startswith("condition_embedder.") for name in state):
         for pattern, name in _FROM_DIFFUSERS:
@@ -227,10 +213,10 @@ def read_checkpoint(path: str | os.PathLike[str], weights: str | None = None) ->
 
 
 def _own_name(key: str) -> str:
-    """A key without the names of wrappers, and without what trainers' own modules and ComfyUI put before it."""
+    """A key without the names of wrappers, and without the "model." that trainers' own modules put before it."""
     name = plain_name(key)
-    while name.startswith(_PREFIXES):
-        name = name.split(".", 1)[1]
+    while name.startswith("model."):
+        name = name.removeprefix("model.")
     return name
 
 
@@ -266,8 +252,6 @@ def _unwrap(state: Any, weights: str | None, path: Path) -> dict[str, torch.Tens
     """The state dict in what a trainer pickled: itself, or under a name."""
     known = ("generator_ema", "generator", "model", "state_dict")
     if weights is not None and (not isinstance(state, dict) or weights not in state):
-        if isinstance(state, dict) and state and all(isinstance(x, torch.Tensor) for x in state.values()):
-            raise ValueError(f"weights must be None for {path}, which holds one state dict itself, got {weights!r}")
         held = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"weights must be one of those in {path}: {held[:_SHOWN]}, got {weights!r}")
     while isinstance(state, dict):
