@@ -121,6 +121,7 @@ class Stream:
     ):
         self.family, self.window, self.made_for = family, window, made_for
         self.origin = self.end = self.frames = self.front = 0
+        self.rewrites_sink = False  # of the last call
         self._index, self._version = _mark(kv_cache)
         self._theirs = [weakref.ref(layer[name]) for name in ("k", "v") for layer in kv_cache]
         k = kv_cache[0]["k"]
@@ -161,7 +162,7 @@ class Stream:
         """Opens frames start .. start + frames - 1, unless they are open: the next pass of the same chunk.
 
         A call that starts at frame 0 begins a video. One that ends where the last ended, with other frames, is a
-        recache; ``rewrites_sink``: even of sinks that its family protects from one.
+        recache; with ``rewrites_sink`` even of a sink that its family protects from one.
 
         Raises:
             ValueError: frames that this cache cannot hold as their code would. Nothing has changed then.
@@ -172,7 +173,7 @@ class Stream:
         if start == 0:
             if (self.origin, self.end, self.frames) != (0, frames, frames):
                 self._restart(0, frames)
-            self._index, self._version = index, version
+            self._index, self._version, self.rewrites_sink = index, version, rewrites_sink
             return
         if reset:
             raise ValueError(f"current_start must be 0 once the cache's indices are reset, got frame {start}")
@@ -183,8 +184,9 @@ class Stream:
             )
         if end > self.end:
             self._advance(start, frames)
-        elif frames != self.frames:
+        elif frames != self.frames or rewrites_sink != self.rewrites_sink:
             self._recache(start, frames, rewrites_sink)
+        self.rewrites_sink = rewrites_sink
 
     def _done(self, origin: int, end: int, frames: int, front: int = 0) -> None:
         self.origin, self.end, self.frames, self.front = origin, end, frames, front
