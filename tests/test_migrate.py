@@ -1,4 +1,4 @@
-"""docs/migrate.md, run: the line, and the edit by hand: self-attention with a cache in the usual style, and the same module after the edit."""
+"""docs/migrate.md, run: the line; self-attention with a cache in the usual style, and the same after the edit."""
 
 import copy
 import re

@@ -236,9 +236,9 @@ class Stream:
         self._done(self.origin, self.end, frames, frames - kept)
 
     def _notice_other_average(self, new: int, age: int) -> None:
-        sink = self.window.sink
-        evicting = age > sink + self.window.frames
-        if evicting and sink and new != sink and self.window.alpha != 1.0 and not self._warned:
+        """Warns, once, where the family's own average (no ``alpha`` was given) would not average."""
+        sink, published = self.window.sink, self.window.alpha is self.family.alpha and self.family.alpha != 1.0
+        if published and sink and new != sink and age > sink + self.window.frames and not self._warned:
             self._warned = True
             warnings.warn(
                 f"{new} frames are evicted by one chunk, with sink_size={sink}: each is averaged into its sink slot, "
