@@ -20,7 +20,7 @@ from .contract import ops
 from .rope import Rope3D
 
 if TYPE_CHECKING:
-    from . import losses, models, training
+    from . import integrations, losses, models, training
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ __all__ = [
     "chunk_attention",
     "dense_attention",
     "explain_backends",
+    "integrations",
     "losses",
     "merge_attention",
     "models",
@@ -43,7 +44,7 @@ __all__ = [
     "use_backend",
 ]
 
-_LAZY = ("losses", "models", "training")  # imported at first use: the ops need none of what these need
+_LAZY = ("integrations", "losses", "models", "training")  # imported at first use: the ops need none of what these need
 
 
 def __getattr__(name: str) -> ModuleType:

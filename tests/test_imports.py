@@ -24,13 +24,15 @@ assert out.isfinite().all()
 def test_models_losses_and_training_are_imported_at_first_use():
     run(
         "import sys, torch, rfkernels as rf\n"
-        "late = ['models', 'losses', 'training', 'tools', 'draws']\n"
+        "late = ['models', 'losses', 'training', 'integrations', 'tools', 'draws']\n"
         "loaded = [name for name in late if f'rfkernels.{name}' in sys.modules]\n"
         "assert not loaded, loaded\n"
-        "assert set(['models', 'losses', 'training']) <= set(dir(rf))\n"
+        "assert set(['models', 'losses', 'training', 'integrations']) <= set(dir(rf))\n"
         "assert rf.losses.ReDMDLoss and rf.models.CausalWan and rf.training.ReDMDTrainer\n"
         "assert 'rfkernels.models.video' not in sys.modules and 'video' in dir(rf.models)\n"
         "assert rf.models.video.StreamingDecoder and rf.models.video.encode_prompts\n"
+        "assert 'self_forcing' in dir(rf.integrations) and 'rfkernels.integrations.self_forcing' not in sys.modules\n"
+        "assert rf.integrations.self_forcing.patch\n"
     )
 
 

@@ -1,9 +1,11 @@
-"""docs/migrate.md, run: self-attention with a cache in the usual style, and the same module after the edit."""
+"""docs/migrate.md, run: the line; self-attention with a cache in the usual style, and the same after the edit."""
 
 import copy
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import forcing_models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from torch import nn
 
 import rfkernels as rf
 
-DIM, HEADS, HEIGHT, WIDTH, LAYERS = 48, 2, 3, 4, 2
+DIM, HEADS, HEIGHT, WIDTH, LAYERS, CHANNELS = 48, 2, 3, 4, 2, 4
 HEAD_DIM, TOKENS = DIM // HEADS, HEIGHT * WIDTH
 CHUNK, SINK, LOCAL = 3, 3, 9
 ALPHA = 0.999
@@ -28,6 +30,23 @@ class Projections(nn.Module):
     def qkv(self, x):
         q, k = self.norm_q(self.q(x)), self.norm_k(self.k(x))
         return (y.unflatten(-1, (HEADS, HEAD_DIM)) for y in (q, k, self.v(x)))
+
+
+class Patches(nn.Module):
+    """The rest of the model, which the edit leaves alone too: latents ``[B, C, F, h, w]`` to tokens and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch_embedding = nn.Conv3d(CHANNELS, DIM, (1, 2, 2), (1, 2, 2))
+        self.head = nn.Linear(DIM, 4 * CHANNELS)
+
+    def embed(self, x, t):
+        time = torch.sin(t.to(x.dtype)).repeat_interleave(TOKENS, 1)[..., None]
+        return self.patch_embedding(x).flatten(2).transpose(1, 2) + time
+
+    def unpatchify(self, x):
+        x = self.head(x).reshape(len(x), -1, HEIGHT, WIDTH, CHANNELS, 2, 2)
+        return x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
 
 
 # --- before -----------------------------------------------------------------------------------------------------------
@@ -85,15 +104,16 @@ class OldSelfAttention(Projections):
         return self.o(out.flatten(2))
 
 
-class OldModel(nn.Module):
+class OldModel(Patches):
     def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList(OldSelfAttention() for _ in range(LAYERS))
 
-    def forward(self, x, kv_cache, current_start):
+    def forward(self, x, t, kv_cache, current_start):
+        x = self.embed(x, t)
         for block, layer in zip(self.blocks, kv_cache, strict=True):
             x = x + block(x, layer, current_start)
-        return x
+        return self.unpatchify(x)
 
 
 # --- after ------------------------------------------------------------------------------------------------------------
@@ -112,33 +132,35 @@ class NewSelfAttention(Projections):
         return self.o(rf.streaming_attention(q, k, v, layer).flatten(2))
 
 
-class NewModel(nn.Module):
+class NewModel(Patches):
     def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList(NewSelfAttention() for _ in range(LAYERS))
 
-    def forward(self, x, cache):
+    def forward(self, x, t, cache):
+        x = self.embed(x, t)
         for i, block in enumerate(self.blocks):
             x = x + block(x, cache[i])
-        return x
+        return self.unpatchify(x)
 
 
-class Adapter:
-    """Calls in the old style, for a pipeline that passes ``current_start`` and cannot be changed yet."""
+class Adapter(nn.Module):
+    """Called in the old style, for a pipeline that passes ``current_start`` and cannot be changed yet."""
 
     def __init__(self, model, cache):
+        super().__init__()
         self.model, self.cache, self.end = model, cache, 0
 
-    def __call__(self, x, current_start):
-        frames, end = x.shape[1] // TOKENS, (current_start + x.shape[1]) // TOKENS
+    def forward(self, x, t, kv_cache=None, current_start=0):  # x [B, C, F, h, w]; kv_cache is not looked at
+        frames, start = x.shape[2], current_start // TOKENS
+        if start == 0:  # a video begins, or its first chunk is passed again, which is the same
+            self.cache.reset()
+            self.end = 0
+        end = start + frames
         if end != self.end or frames != self.cache.open_frames:
             self.cache.begin_chunk(frames, reopen=frames - (end - self.end))
             self.end = end
-        return self.model(x, self.cache)
-
-    def reset(self):
-        self.cache.reset()
-        self.end = 0
+        return self.model(x, t, self.cache)
 
 
 # --- both -------------------------------------------------------------------------------------------------------------
@@ -155,7 +177,12 @@ def models():
 
 def inputs(chunk, step, batch=1, frames=CHUNK):
     generator = torch.Generator().manual_seed(100 * chunk + step)
-    return torch.randn(batch, frames * TOKENS, DIM, generator=generator, dtype=torch.float64)
+    size = (batch, CHANNELS, frames, 2 * HEIGHT, 2 * WIDTH)
+    return torch.randn(size, generator=generator, dtype=torch.float64)
+
+
+def times(x, step):
+    return torch.full((len(x), x.shape[2]), 250.0 * (step % 5))
 
 
 def cast(models, dtype):
@@ -169,7 +196,8 @@ def stream_both(models, dtype, sink_dtype=None, batch=1):
         cache.begin_chunk(CHUNK)
         for step in range(5):
             x = inputs(chunk, step, batch).to(dtype)
-            yield old(x, kv_cache, chunk * CHUNK * TOKENS), new(x, cache), kv_cache, cache
+            t = times(x, step)
+            yield old(x, t, kv_cache, chunk * CHUNK * TOKENS), new(x, t, cache), kv_cache, cache
 
 
 def test_float64(models, backend):
@@ -206,21 +234,23 @@ def test_float32_averages_move_where_bfloat16_ones_do_not(models):
         starts = []
         for chunk in range(20):
             cache.begin_chunk(CHUNK)
-            model(inputs(chunk, 4).bfloat16(), cache)
+            x = inputs(chunk, 4).bfloat16()
+            model(x, times(x, 4), cache)
             starts.append(cache.sink_v.double().clone())
         return (starts[-1] - starts[0]).norm()
 
     assert moved(torch.bfloat16) < 0.7 * moved(None)
 
 
-def test_unchanged_pipeline_recache_and_hard_cut(models):
-    """The adapter: repeated passes, a recomputed window, a reset, all by ``current_start``."""
+def test_unchanged_pipeline_recache_and_second_video(models):
+    """The adapter: repeated passes, a recomputed window, another video, all by ``current_start``."""
     (old, new), kv_cache = cast(models, torch.float64), old_cache(1, torch.float64)
     adapter = Adapter(new, new_cache(1, torch.float64))
 
     def both(chunk, step, start, frames=CHUNK):
         x = inputs(chunk, step, frames=frames)
-        torch.testing.assert_close(adapter(x, start * TOKENS), old(x, kv_cache, start * TOKENS), atol=1e-12, rtol=0)
+        call = dict(t=times(x, step), kv_cache=kv_cache, current_start=start * TOKENS)
+        torch.testing.assert_close(adapter(x, **call), old(x, **call), atol=1e-12, rtol=0)
 
     for scene in range(2):
         for chunk in range(7):
@@ -228,13 +258,22 @@ def test_unchanged_pipeline_recache_and_hard_cut(models):
                 both(10 * scene + chunk, step, chunk * CHUNK)
             if chunk == 4:  # a new prompt: the window is computed again
                 both(10 * scene + chunk, 7, (chunk + 1) * CHUNK - (LOCAL - SINK), frames=LOCAL - SINK)
-        for layer in kv_cache:  # a hard cut
+        for layer in kv_cache:  # before a second video
             layer["global_end_index"].zero_(), layer["local_end_index"].zero_()
-        adapter.reset()
+
+
+def test_the_line():
+    """Of a pipeline that holds a wrapper of the model."""
+    pipeline = SimpleNamespace(generator=forcing_models.RewardForcingModel())
+    plain = copy.deepcopy(pipeline.generator)
+    undo = rf.integrations.self_forcing.patch(pipeline.generator)
+    assert type(pipeline.generator) is not type(plain)
+    undo()
+    assert type(pipeline.generator) is type(plain)
 
 
 def test_the_document_shows_this_code():
     document = Path(__file__).parents[1] / "docs" / "migrate.md"
     blocks = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     assert all(block in Path(__file__).read_text() for block in blocks)
