@@ -91,12 +91,8 @@ def load_lora(
         for part, x in zip("AB", layer[:2], strict=True)
     }
     peft.set_peft_model_state_dict(inner, state, adapter)
-    for module in inner.modules():
-        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
-            names = [
-                name for name in (*before, adapter) if name in module.lora_A
-            ]  # PEFT leaves the newest alone in force
-            module.set_adapter(names)
+    for module in _adapted(inner):  # PEFT leaves the newest alone in force
+        module.set_adapter([name for name in (*before, adapter) if name in module.lora_A])
     return model
 
 
