@@ -54,7 +54,7 @@ def text_encoder(file: str | os.PathLike[str], dtype: torch.dtype) -> Any:
         relative_attention_num_buckets=buckets, feed_forward_proj="gated-gelu", layer_norm_epsilon=1e-6,
     )  # fmt: skip
     with torch.device("meta"):
-        model = UMT5EncoderModel(config)
+        model: Any = UMT5EncoderModel(config)
     _assign(model, state, file)
     model.tie_weights()
     model = model.to(dtype)
@@ -82,7 +82,7 @@ def vae(file: str | os.PathLike[str]) -> Any:
         )
     converted = convert_wan_vae_to_diffusers(state)
     with torch.device("meta"):
-        model = AutoencoderKLWan(base_dim=width, z_dim=len(state["conv2.weight"]))
+        model: Any = AutoencoderKLWan(base_dim=width, z_dim=len(state["conv2.weight"]))
     _assign(model, converted, file)
     return model.float().eval()
 
