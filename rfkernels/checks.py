@@ -42,7 +42,7 @@ def no_text(name: str, x: object) -> None:
     if isinstance(x, str) or (isinstance(x, list | tuple) and any(isinstance(text, str) for text in x)):
         raise TypeError(
             f"{name} must be text embeddings [B, n, text_dim], got text: encode it first, see "
-            "rfkernels.models.video.encode_prompts"
+            "rfkernels.models.encode_prompts"
         )
 
 

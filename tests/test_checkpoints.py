@@ -1,5 +1,6 @@
 """Every layout of weights on disk, round and back; and what is refused."""
 
+import argparse
 import copy
 import json
 import re
@@ -273,3 +274,148 @@ def test_a_pipeline_of_two_transformers_is_not_half_read(tmp_path):
         with pytest.raises(ValueError, match=r"holds two.*transformer or .*transformer_2"):
             call()
     assert same(from_pretrained(tmp_path / "transformer_2"), model)
+
+
+def stored(state, file):
+    contiguous = {k: x.contiguous() for k, x in state.items()}
+    save_file(contiguous, file) if file.suffix == ".safetensors" else torch.save(contiguous, file)
+    return file
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "module.model.diffusion_model."])
+def test_names_of_other_programs_before_the_keys(prefix, suffix, tmp_path):
+    model = small(CPU, torch.float32)
+    file = stored({prefix + k: x for k, x in model.state_dict().items()}, tmp_path / f"model{suffix}")
+    assert same(load_checkpoint(blank(model), file), model)
+
+
+def test_the_pickle_format_before_torch_1_6(tmp_path):
+    """It cannot be mapped; it is still read with weights_only."""
+    model, file = small(CPU, torch.float32), tmp_path / "old.pth"
+    torch.save({"generator": model.state_dict()}, file, _use_new_zipfile_serialization=False)
+    assert same(load_checkpoint(blank(model), file), model)
+    torch.save({"generator": model.state_dict(), "x": Danger()}, file, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"old\.pth must be .*also holds .*system"):
+        load_checkpoint(model, file)
+
+
+class Danger:
+    """Runs a command when it is unpickled by a loader that trusts the file."""
+
+    def __reduce__(self):
+        import os
+
+        return os.system, ("exit 1",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_arguments_of_a_training_run_beside_the_weights(zipped, tmp_path):
+    model, file = small(CPU, torch.float32), tmp_path / "run.pt"
+    arguments = argparse.Namespace(lr=1e-4, steps=[1000, 500], name="run")
+    held = {"model": model.state_dict(), "args": arguments}
+    torch.save(held, file, _use_new_zipfile_serialization=zipped)
+    assert same(load_checkpoint(blank(model), file), model)
+    arguments.optimizer = Danger()
+    torch.save(held, file, _use_new_zipfile_serialization=zipped)
+    target = blank(model)
+    with pytest.raises(ValueError, match=r"run\.pt must be .*namespaces: it also holds .*system.*save its state dict"):
+        load_checkpoint(target, file)
+    assert all((p == 7).all() for p in target.parameters())
+
+
+def test_weights_by_name_of_a_file_that_holds_one_state_dict(tmp_path):
+    model = small(CPU, torch.float32)
+    files = [stored(model.state_dict(), tmp_path / f"model{suffix}") for suffix in (".pt", ".safetensors")]
+    save_checkpoint(model, tmp_path / "folder")
+    for path in (*files, tmp_path / "folder"):
+        with pytest.raises(ValueError, match=r"weights must be None for .*one state dict.*got 'generator'"):
+            load_checkpoint(model, path, weights="generator")
+    torch.save({"generator": small(CPU, torch.float32).state_dict(), "generator_ema": model.state_dict()}, files[0])
+    loaded = from_pretrained(tmp_path / "folder", checkpoint=files[0], weights="generator_ema")
+    assert same(loaded, model)
+    assert not same(from_pretrained(tmp_path / "folder", checkpoint=files[0], weights="generator"), model)
+
+
+def in_fp8(state, scheme):
+    """(what a file holds, what its weights mean): the matrices of blocks in fp8, in the layout of a program."""
+    file, meant = {}, dict(state)
+    for name, x in state.items():
+        file[name] = x
+        if not (name.startswith("blocks.") and name.endswith(".weight") and x.dim() == 2):
+            continue
+        base = name.removesuffix(".weight")
+        dtype = torch.float8_e5m2 if scheme == "plain" else torch.float8_e4m3fn
+        scale = x.abs().amax(1, keepdim=True) / 448 if scheme == "rows" else x.abs().max() / 448
+        if scheme == "plain":
+            scale = torch.tensor(1.0)
+        file[name] = (x / scale).to(dtype)
+        meant[name] = file[name].double() * scale.double()
+        if scheme == "ComfyUI, older":
+            file |= {f"{base}.scale_weight": scale.reshape(1), f"{base}.scale_input": torch.ones(1)}
+        elif scheme != "plain":
+            file |= {f"{base}.weight_scale": scale.clone(), f"{base}.input_scale": torch.ones(())}
+        if scheme == "ComfyUI, newer":
+            said = json.dumps({"format": "float8_e4m3fn"}).encode()
+            file[f"{base}.comfy_quant"] = torch.tensor(list(said), dtype=torch.uint8)
+    if scheme == "ComfyUI, older":
+        file["scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    return file, meant
+
+
+@pytest.mark.parametrize("scheme", ["ComfyUI, older", "ComfyUI, newer", "rows", "plain"])
+def test_fp8_is_dequantised(scheme, tmp_path):
+    model = small(CPU, torch.float32)
+    held, meant = in_fp8(model.state_dict(), scheme)
+    file = stored({f"model.diffusion_model.{k}": x for k, x in held.items()}, tmp_path / "fp8.safetensors")
+    loaded = load_checkpoint(blank(model).double(), file).state_dict()
+    for name, x in meant.items():  # the product is formed in float32
+        torch.testing.assert_close(loaded[name], x.double(), rtol=1e-7, atol=0)
+    (tmp_path / "config.json").write_text(json.dumps(DIFFUSERS | dict(in_channels=4, out_channels=4)))
+    assigned = from_pretrained(tmp_path, checkpoint=file)
+    assert {p.dtype for p in assigned.parameters()} == {torch.float32}
+    assert all(torch.equal(x, meant[name].float()) for name, x in assigned.state_dict().items())
+    half = stored({k: x.bfloat16() if x.dtype == torch.float32 and x.dim() > 1 else x for k, x in held.items()},
+                  tmp_path / "half.pt")  # fmt: skip
+    assert from_pretrained(tmp_path, checkpoint=half).blocks[0].ffn[0].weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda s: {"blocks.0.ffn.0.weight": s["blocks.0.ffn.0.weight"].to(torch.int8)}, "torch.int8"),
+        (lambda s: {"blocks.0.ffn.0.weight_scale_2": torch.ones(())}, "weight_scale_2"),
+        (lambda s: {"blocks.1.ffn.0.weight_scale": torch.ones(())}, r"blocks\.1\.ffn\.0\.weight_scale"),
+        (lambda s: {"blocks.0.ffn.0.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)},
+         "says 'nvfp4'"),
+        (lambda s: {"blocks.0.ffn.0.weight": s["blocks.0.ffn.0.weight"].to(torch.float8_e4m3fn),
+                    "blocks.0.ffn.0.weight_scale": torch.ones(64, 3)}, "one scale for a weight or one for each row"),
+    ],
+)  # fmt: skip
+def test_other_quantisations_are_refused_by_name(change, said, tmp_path):
+    model = small(CPU, torch.float32)
+    state = model.state_dict()
+    file = stored(state | change(state), tmp_path / "model.safetensors")
+    target = blank(model)
+    with pytest.raises(ValueError, match=rf"model\.safetensors must h.*{said}"):
+        load_checkpoint(target, file)
+    assert all((p == 7).all() for p in target.parameters())
+
+
+@pytest.mark.parametrize("kind", ["wan", "diffusers", "checkpoint"])
+def test_text_dim_is_read_from_the_weights_where_the_config_lacks_it(kind, tmp_path):
+    """Original Wan's config.json has none."""
+    model = small(CPU, torch.float32, text_dim=24)
+    if kind == "diffusers":
+        diffusers_model(model).save_pretrained(tmp_path)
+    else:
+        save_checkpoint(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["text_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = None
+    if kind == "checkpoint":
+        checkpoint = stored(model.state_dict(), tmp_path / "model.pt")
+        (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    loaded = from_pretrained(tmp_path, checkpoint=checkpoint)
+    assert loaded.config.text_dim == 24 and same(loaded, model)

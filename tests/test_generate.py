@@ -7,8 +7,17 @@ import torch
 from memory import check_constant, memory
 
 from rfkernels.__main__ import main
-from rfkernels.models import CausalWan, CausalWanConfig, StreamingSampler, save_checkpoint
-from rfkernels.models.video import StreamingDecoder, encode_prompts
+from rfkernels.models import (
+    CausalWan,
+    CausalWanConfig,
+    StreamingSampler,
+    encode_prompts,
+    from_pretrained,
+    load_lora,
+    save_checkpoint,
+)
+from rfkernels.models.video import StreamingDecoder, encode_frames
+from rfkernels.tools.video_files import read_frames
 
 av = pytest.importorskip("av")
 diffusers = pytest.importorskip("diffusers")
@@ -225,3 +234,175 @@ def test_what_is_missing_is_said(pipeline, tmp_path, capsys, monkeypatch):
             assert not (tmp_path / name).exists()
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     fails('pip install "rfkernels[video]"')
+
+
+def by_hand(pipeline, switch=None, initial=None, frames=24, prepare=lambda model: model, **options):
+    """Frames 0..255 of the parts, called one by one; ``switch``: (chunks before it, prompt)."""
+    (tokenizer, encoder), vae = tiny_text(), tiny_vae()
+    model = prepare(from_pretrained(pipeline / "transformer"))
+    sampler = StreamingSampler(model, (1000, 500), height=4, width=6, **options)
+    decoder, first = StreamingDecoder(vae), 0 if initial is None else initial.shape[1]
+    parts = [] if initial is None else [decoder.decode(initial)[0]]
+    stream = sampler.stream(encode_prompts(tokenizer, encoder, ["a cat walks"], 8),
+                            1 + -(-(frames - 1) // 4) - first, initial=initial)  # fmt: skip
+    for index, chunk in enumerate(stream):
+        parts.append(decoder.decode(chunk)[0])
+        if switch is not None and index + 1 == switch[0]:
+            sampler.switch(encode_prompts(tokenizer, encoder, [switch[1]], 8))
+    return ((torch.cat(parts)[:frames] + 1) * 127.5).permute(0, 2, 3, 1).clamp(0, 255)
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The frames that the command writes, before a lossy codec."""
+    from rfkernels.tools import generate as command
+
+    seen, write = [], command.write_video
+
+    def recorded(path, chunks, *more):
+        seen.clear()
+        write(path, (seen.append(chunk) or chunk for chunk in chunks), *more)
+
+    monkeypatch.setattr(command, "write_video", recorded)
+    return lambda n: ((torch.cat(seen)[:n] + 1) * 127.5).permute(0, 2, 3, 1).clamp(0, 255)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=0.02)  # of 255
+
+
+def test_how_the_sinks_are_placed_and_averaged(pipeline, tmp_path, written, monkeypatch):
+    made, make = [], CausalWan.make_cache
+    monkeypatch.setattr(CausalWan, "make_cache", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+    options = ["--sink-positions", "absolute", "--alpha", "1", "--first-chunk-frames", "1", "--context-noise", "50"]
+    assert generate(pipeline, tmp_path / "x.mp4", *options, frames=45) == 0
+    assert made[0].sink_positions == "absolute" and made[0].sink_dtype == torch.float32
+    expected = by_hand(
+        pipeline, frames=45, sink_positions="absolute", alpha=1.0, first_chunk_frames=1, context_noise=50
+    )
+    close(written(45), expected)
+    half = ["--dtype", "bfloat16", "--sink-dtype"]
+    assert generate(pipeline, tmp_path / "x.mp4", *half, "published", frames=1) == 0
+    assert made[-1].sink_dtype == torch.bfloat16
+    assert generate(pipeline, tmp_path / "x.mp4", *half, "float32", frames=1) == 0
+    assert made[-1].sink_dtype == torch.float32
+
+
+def test_prompts_are_switched_at_frames_of_the_video(pipeline, tmp_path, written):
+    """Chunks of three latent frames begin at 0, 9, 21, 33 of the video."""
+    for frame in (10, 21):
+        assert generate(pipeline, tmp_path / "x.mp4", "--switch", f"{frame}: walks", frames=34) == 0
+        close(written(34), by_hand(pipeline, (2, "walks"), frames=34))
+    plain = by_hand(pipeline, frames=34)
+    assert (written(34) - plain)[:21].abs().max() < 0.02 < (written(34) - plain)[21:].abs().max()
+    # Of two that are due at once the later one holds.
+    assert generate(pipeline, tmp_path / "x.mp4", "--switch", "2: cat", "--switch", "9:walks", frames=34) == 0
+    close(written(34), by_hand(pipeline, (1, "walks"), frames=34))
+
+
+def picture(path, n=1, height=40, width=48):
+    """A gradient that moves, as a file; returns frames 0..255."""
+    import numpy as np
+
+    rows, columns = np.mgrid[:height, :width]
+    frames = [np.stack([(rows * 5 + 9 * i) % 256, columns * 5 % 256, rows * 0 + 90], -1) for i in range(n)]
+    frames = [frame.astype("uint8") for frame in frames]
+    still = path.suffix == ".png"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("png" if still else "ffv1", rate=1)
+        stream.width, stream.height, stream.pix_fmt = width, height, "rgb24" if still else "bgr0"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return torch.stack([torch.from_numpy(frame) for frame in frames])
+
+
+@pytest.mark.parametrize("name, n, used", [("x.png", 1, 1), ("x.mkv", 7, 5)])
+def test_a_video_begins_with_an_image_or_a_video(name, n, used, pipeline, tmp_path, written):
+    """As many of its frames as are whole latent frames, cut in the middle to the size asked for."""
+    pixels = picture(tmp_path / name, n)[:used, 4:36]  # 40 rows, of which 32 are kept
+    assert generate(pipeline, tmp_path / "out.mp4", "--initial", str(tmp_path / name), frames=24) == 0
+    frames = (pixels.float() / 127.5 - 1).permute(0, 3, 1, 2)[None]
+    vae = tiny_vae()
+    with torch.no_grad():
+        latents = vae.encode(frames.transpose(1, 2)).latent_dist.mean
+    mean, std = (torch.tensor(c)[:, None, None, None] for c in (vae.config.latents_mean, vae.config.latents_std))
+    initial = ((latents - mean) / std).transpose(1, 2)
+    assert initial.shape == (1, 1 + used // 4, 16, 4, 6)
+    torch.testing.assert_close(encode_frames(vae, frames), initial)
+    close(written(24), by_hand(pipeline, initial=initial))
+    assert len(read(tmp_path / "out.mp4")) == 24
+
+
+def test_frames_are_scaled_to_cover_the_size(tmp_path):
+    picture(tmp_path / "x.png", height=80, width=120)
+    (one,) = read_frames(tmp_path / "x.png", 40, 48, 5)
+    (whole,) = read_frames(tmp_path / "x.png", 80, 120, 5)
+    assert one.shape == (3, 40, 48) and one.abs().max() <= 1
+    expected = torch.nn.functional.interpolate(whole[None], (40, 60), mode="bicubic", antialias=True)[0, ..., 6:54]
+    torch.testing.assert_close(one, expected.clamp(-1, 1))
+    (tmp_path / "x.txt").write_text("no picture")
+    with pytest.raises(ValueError, match=r"x\.txt must be an image or a video"):
+        read_frames(tmp_path / "x.txt", 40, 48, 5)
+    with pytest.raises(ValueError, match=r"frames must be 1 \+ 4 \* n of them, got 4"):
+        encode_frames(tiny_vae(), torch.zeros(1, 4, 3, 16, 16))
+
+
+def test_weights_by_name_and_loras(pipeline, tmp_path, written):
+    pytest.importorskip("peft")
+    model = from_pretrained(pipeline / "transformer")
+    other = {k: torch.zeros_like(x) for k, x in model.state_dict().items()}
+    torch.save({"generator": model.state_dict(), "generator_ema": other}, tmp_path / "both.pt")
+    more = []
+    for index, layer in enumerate(("self_attn.q", "ffn.0")):
+        name = f"base_model.model.blocks.0.{layer}"
+        state = {f"{name}.lora_A.weight": torch.randn(2, 32), f"{name}.lora_B.weight": torch.randn(32, 2)}
+        torch.save({"generator_lora": state}, tmp_path / f"{index}.pt")
+        more += ["--lora", str(tmp_path / f"{index}.pt")]
+    chosen = ["--weights", str(tmp_path / "both.pt"), "--weights-name", "generator"]
+    assert generate(pipeline, tmp_path / "x.mp4", *chosen, *more, "--lora-alpha", "3") == 0
+
+    def adapted(model):
+        for index in range(2):
+            load_lora(model, tmp_path / f"{index}.pt", alpha=3, adapter=str(index))
+        return model
+
+    expected = by_hand(pipeline, frames=10, prepare=adapted)
+    close(written(10), expected)
+    assert (expected - by_hand(pipeline, frames=10)).abs().max() > 1
+
+
+def test_compiled_and_by_a_named_backend(pipeline, tmp_path, written, monkeypatch, capsys):
+    from rfkernels.backends import reference
+
+    compiled, calls, compile = [], [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m: compiled.append(m) or compile(m, backend="eager"))
+    own = reference.streaming_attention
+    monkeypatch.setattr(reference, "streaming_attention", lambda request: calls.append(1) or own(request))
+    assert generate(pipeline, tmp_path / "x.mp4", "--compile", "--backend", "reference") == 0
+    assert [type(m) for m in compiled] == [CausalWan] and len(calls) == 2 * (2 + 1)  # chunks, passes, one layer
+    close(written(10), by_hand(pipeline, frames=10))
+    said = capsys.readouterr().out
+    assert "10 frames at 16 frames/s, made at" in said and float(said.split()[-2]) > 0
+
+
+def test_options_that_cannot_be_are_said(pipeline, tmp_path, capsys):
+    def fails(message, *arguments, **more):
+        assert generate(pipeline, tmp_path / "x.mp4", *arguments, **more) == 2
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error, error
+        assert not list(tmp_path.glob("x*"))
+
+    fails("backend must be", "--backend", "fast")
+    fails("--lora must be a file or folder", "--lora", "none.pt")
+    fails("--initial must be a file", "--initial", "none.png")
+    fails("rising frames from 1 to --frames - 1 = 9", "--switch", "8: a", "--switch", "4: cat")
+    fails("rising frames from 1 to --frames - 1 = 9", "--switch", "10: a")
+    fails("at most 9, where the last chunk begins, got 12", "--switch", "12: a", frames=20)
+    fails("weights must be None", "--weights-name", "generator")
+    picture(tmp_path / "long.mkv", 12)
+    fails("--frames must be more than the frames of --initial", "--initial", str(tmp_path / "long.mkv"))
+    for given in ("rain", "x: rain", "-3: rain", "4:"):
+        with pytest.raises(SystemExit):
+            generate(pipeline, tmp_path / "x.mp4", f"--switch={given}")
+        assert 'must be "FRAME: PROMPT"' in capsys.readouterr().err

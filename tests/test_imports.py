@@ -30,7 +30,7 @@ def test_models_losses_and_training_are_imported_at_first_use():
         "assert set(['models', 'losses', 'training', 'integrations']) <= set(dir(rf))\n"
         "assert rf.losses.ReDMDLoss and rf.models.CausalWan and rf.training.ReDMDTrainer\n"
         "assert 'rfkernels.models.video' not in sys.modules and 'video' in dir(rf.models)\n"
-        "assert rf.models.video.StreamingDecoder and rf.models.video.encode_prompts\n"
+        "assert rf.models.video.StreamingDecoder and rf.models.encode_prompts\n"
         "assert 'self_forcing' in dir(rf.integrations) and 'rfkernels.integrations.self_forcing' not in sys.modules\n"
         "assert rf.integrations.self_forcing.patch\n"
     )

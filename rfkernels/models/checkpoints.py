@@ -1,37 +1,22 @@
-"""Weights on disk: Wan folders, Self-Forcing and Reward-Forcing .pt files, diffusers folders; read without copies."""
+"""Weights on disk: loaded into a model, all or nothing, and saved; configs."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from .config import CausalWanConfig
+from .reading import SHOWN, dequantised, is_lora, read_checkpoint, weights_folder
 from .wan import CausalWan
 from .wrappers import full, is_sharded, own_keys, plain_name, plain_state, sharded_like, unwrapped
 
-# diffusers' names, and ours. Its norm2 is Wan's norm3, which is the only norm of a block that has weights.
-_FROM_DIFFUSERS = (
-    (r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
-    (r"^condition_embedder\.(time|text)_embedder\.linear_2\.", r"\1_embedding.2."),
-    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
-    (r"^proj_out\.", "head.head."),
-    (r"^scale_shift_table$", "head.modulation"),
-    (r"\.scale_shift_table$", ".modulation"),
-    (r"\.attn1\.", ".self_attn."),
-    (r"\.attn2\.", ".cross_attn."),
-    (r"\.to_out\.0\.", ".o."),
-    (r"\.to_([qkv])\.", r".\1."),
-    (r"\.norm2\.", ".norm3."),
-    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
-    (r"\.ffn\.net\.2\.", ".ffn.2."),
-)
 _TEXT_TO_VIDEO = ("t2v", "ti2v")
 # What a config has where there is another input than text: in Wan's names, diffusers', DiffSynth's and VideoX-Fun's.
 _CONDITIONED = (
@@ -39,7 +24,6 @@ _CONDITIONED = (
     "add_ref_conv", "add_control_adapter", "vace_layers", "vace_in_channels", "audio_dim", "motion_encoder_dim",
 )  # fmt: skip
 _CHANNELS = (("in_dim", "in_channels"), ("out_dim", "out_channels"))
-_SHOWN = 12  # names of each kind that an error spells out
 
 
 def load_checkpoint(
@@ -50,21 +34,34 @@ def load_checkpoint(
     Args:
         path: a folder of safetensors, whole or sharded by an index (original Wan, diffusers, `save_checkpoint`; a
             diffusers pipeline's ``transformer`` is found), or a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file.
-            Pickled files are read with ``weights_only`` and memory-mapped.
+            Keys may start with ``model.`` or, as in ComfyUI's files, ``model.diffusion_model.``. Pickled files are
+            read with ``weights_only`` and memory-mapped, if they are not of the format before torch 1.6.
         weights: of a .pt file that holds several: "generator_ema" or "generator". Default: the first of these there is.
         assign: make the file's memory-mapped tensors the parameters, in their own dtype, instead of copying into the
-            model's: for a model on the meta device.
+            model's: for a model on the meta device. (Weights in fp8 cannot be; they come in the dtype of the patch
+            embedding, or bfloat16.)
+
+    Weights in fp8, with a scale for each weight or row or none, are dequantised (ComfyUI's ``scale_weight`` and
+    ``weight_scale``, LightX2V's).
 
     Returns:
         the model.
 
     Raises:
         FileNotFoundError: no such file, or a shard missing. ValueError: missing, unexpected and mis-shaped keys, all
-            listed; or a file without weights. The model is unchanged then.
+            listed; a file without weights, or a LoRA; other quantisations than fp8; ``weights`` of a file that holds
+            one state dict. The model is unchanged then.
     """
-    state = read_checkpoint(path, weights)
+    return _load(model, read_checkpoint(path, weights), path, assign)
+
+
+def _load(model: CausalWan, state: dict[str, torch.Tensor], path: str | os.PathLike[str], assign: bool) -> CausalWan:
+    """`load_checkpoint` for a state dict under Wan's own names, perhaps with scaled fp8 weights."""
+    if is_lora(state):
+        raise ValueError(f"{path} must hold a model's weights, got a LoRA: load it with load_lora(model, path)")
     keys, held = own_keys(model), model.state_dict()
     own = {name: held[key] for name, key in keys.items()}
+    state = dequantised(state, None if assign else {name: x.dtype for name, x in own.items()}, path)
     shapes = [
         f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model"
         for name in own
@@ -79,8 +76,8 @@ def load_checkpoint(
         lines = [f"{path} does not fit this model ({getattr(model, 'config', type(model).__name__)})"]
         for kind, names in problems.items():
             if names:
-                rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-                lines.append(f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{rest}")
+                rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+                lines.append(f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{rest}")
         raise ValueError("\n  ".join(lines))
     if not assign and any(p.is_meta for p in own.values()):
         raise ValueError("assign must be True for a model on the meta device: it has no memory to copy into")
@@ -133,23 +130,30 @@ def from_pretrained(
     device: torch.device | str = "cpu",
     *,
     checkpoint: str | os.PathLike[str] | None = None,
+    weights: str | None = None,
 ) -> CausalWan:
     """The model that a folder with a config.json holds (original Wan, diffusers, `save_checkpoint`), without a second
     copy of its weights in memory.
 
-    checkpoint: other weights for that config, e.g. Reward Forcing's .pt; whatever `load_checkpoint` reads.
+    checkpoint: other weights for that config, e.g. Reward Forcing's .pt; whatever `load_checkpoint` reads, and
+        ``weights`` as there.
 
     Raises:
         FileNotFoundError: no config.json; otherwise as `load_checkpoint`.
     """
-    folder = _weights_folder(Path(path))
+    folder = weights_folder(Path(path))
+    source = folder if checkpoint is None else checkpoint
+    read_config(folder)  # what is wrong with it is said before files are read
+    state = read_checkpoint(source, weights)
     with torch.device("meta"):
-        model = CausalWan(read_config(folder))
-    return load_checkpoint(model, checkpoint or folder, assign=True).to(device, dtype)
+        model = CausalWan(read_config(folder, state))
+    return _load(model, state, source, assign=True).to(device, dtype)
 
 
-def read_config(folder: str | os.PathLike[str]) -> CausalWanConfig:
+def read_config(folder: str | os.PathLike[str], state: Mapping[str, torch.Tensor] | None = None) -> CausalWanConfig:
     """The sizes in a folder's config.json, in Wan's or diffusers' names.
+
+    state: the weights (`read_checkpoint`), for ``text_dim`` where the config lacks it, as original Wan's does.
 
     Raises:
         FileNotFoundError; ValueError: not a text-to-video Wan transformer.
@@ -165,6 +169,9 @@ def read_config(folder: str | os.PathLike[str]) -> CausalWanConfig:
         sizes["dim"] = sizes["num_heads"] * sizes["attention_head_dim"]
     if "dim" not in sizes:
         raise ValueError(f"{file} must describe a Wan transformer, got {given.get('_class_name', 'no dim')}")
+    text = (state or {}).get("text_embedding.0.weight")
+    if "text_dim" not in sizes and text is not None and text.dim() == 2:
+        sizes["text_dim"] = text.shape[1]
     sizes["qk_norm"] = bool(sizes.get("qk_norm", True))
     fields = CausalWanConfig.__dataclass_fields__
     return CausalWanConfig(**{key: value for key, value in sizes.items() if key in fields})
@@ -192,73 +199,3 @@ def _check_architecture(given: dict[str, Any], file: Path) -> None:
         raise ValueError(f"{file} must have the qk_norm of Wan, 'rms_norm_across_heads' or none, got {norm!r}")
     if list(window) != [-1, -1]:
         raise ValueError(f"{file} must have window_size [-1, -1]: the window is the cache's here, got {window}")
-
-
-def read_checkpoint(path: str | os.PathLike[str], weights: str | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint under Wan's own names, memory-mapped; arguments as in `load_checkpoint`."""
-    path = Path(path)
-    if path.is_dir():
-        state = _read_folder(_weights_folder(path))
-    elif not path.is_file():
-        raise FileNotFoundError(f"path must be a folder or a file of weights, there is no {path}")
-    elif path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        state = _unwrap(torch.load(path, map_location="cpu", weights_only=True, mmap=True), weights, path)
-    state = {_own_name(key): tensor for key, tensor in state.items()}
-    if any(name.startswith("condition_embedder.") for name in state):
-        for pattern, name in _FROM_DIFFUSERS:
-            state = {re.sub(pattern, name, key): tensor for key, tensor in state.items()}
-    return state
-
-
-def _own_name(key: str) -> str:
-    """A key without the names of wrappers, and without the "model." that trainers' own modules put before it."""
-    name = plain_name(key)
-    while name.startswith("model."):
-        name = name.removeprefix("model.")
-    return name
-
-
-def _weights_folder(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"path must be a folder, there is no {folder}")
-    nested = folder / "transformer"
-    if (folder / "transformer_2").is_dir():
-        raise ValueError(
-            f"path must be of one model, {folder} holds two, for high and for low noise: give {nested} or {nested}_2"
-        )
-    return nested if nested.is_dir() else folder
-
-
-def _read_folder(folder: Path) -> dict[str, torch.Tensor]:
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-    else:
-        names = [file.name for file in sorted(folder.glob("*.safetensors"))]
-        if len(names) != 1:
-            raise FileNotFoundError(f"{folder} must hold one .safetensors file, or several with an index, got {names}")
-    lacking = [name for name in names if not (folder / name).is_file()]
-    if lacking:
-        raise FileNotFoundError(f"{folder} lacks the shards {', '.join(lacking)}")
-    state: dict[str, torch.Tensor] = {}
-    for name in names:
-        state |= load_file(folder / name)
-    return state
-
-
-def _unwrap(state: Any, weights: str | None, path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in what a trainer pickled: itself, or under a name."""
-    known = ("generator_ema", "generator", "model", "state_dict")
-    if weights is not None and (not isinstance(state, dict) or weights not in state):
-        held = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"weights must be one of those in {path}: {held[:_SHOWN]}, got {weights!r}")
-    while isinstance(state, dict):
-        name = weights or next((name for name in known if isinstance(state.get(name), dict)), None)
-        if name is None:
-            break
-        state, weights = state[name], None
-    if not isinstance(state, dict) or not state or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        raise ValueError(f"{path} must hold a state dict, or one as {' or '.join(known[:2])}")
-    return state

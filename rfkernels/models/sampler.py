@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import torch
 from .. import checks
 from ..contract.requests import accumulate_dtype
 from ..draws import Generators, draw, keyed_generator
+from .progress import frames_bar
 from .settings import StreamSettings
 from .wan import KV, CausalWan
 from .wrappers import unwrapped
@@ -155,7 +155,7 @@ class StreamingSampler:
         return self._stream(num_frames, progress)
 
     def _stream(self, num_frames: int | None, progress: bool | None) -> Iterator[torch.Tensor]:
-        with _bar(num_frames, progress) as bar:
+        with frames_bar(num_frames, progress) as bar:
             done = 0
             while num_frames is None or done < num_frames:
                 frames = self._next_frames()
@@ -317,27 +317,3 @@ def _moved(context: TextContext, device: torch.device) -> TextContext:
     if isinstance(context, torch.Tensor):
         return context.to(device)
     return [(k.to(device), v.to(device)) for k, v in context]
-
-
-class _NoBar:
-    def __enter__(self) -> _NoBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def update(self, frames: int) -> None:
-        pass
-
-
-def _bar(total: int | None, progress: bool | None) -> AbstractContextManager[Any]:
-    """tqdm's bar of frames, or what stands in for it."""
-    if progress is False:
-        return _NoBar()
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        if progress:
-            raise
-        return _NoBar()
-    return tqdm(total=total, unit=" frames", disable=None if progress is None else False)

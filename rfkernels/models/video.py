@@ -75,6 +75,27 @@ class StreamingDecoder:
 
 
 @torch.no_grad()
+def encode_frames(vae: Any, frames: torch.Tensor) -> torch.Tensor:
+    """Latents ``[B, F, C, h, w]`` as the transformer has them (normalised) of frames ``[B, n, 3, H, W]`` in -1..1.
+
+    Args:
+        vae: diffusers' ``AutoencoderKLWan``. frames: the first is a latent frame of its own, every 4 that follow are
+            one: n = 1 + 4 * (F - 1).
+
+    Raises:
+        ValueError: another number of frames.
+    """
+    checks.tensor("frames", frames, 5)
+    checks.shape("frames", frames, batch=None, frames=None, channels=3, height=None, width=None)
+    config, like = vae.config, dict(device=vae.device, dtype=vae.dtype)
+    if frames.shape[1] % config.scale_factor_temporal != 1:
+        raise ValueError(f"frames must be 1 + {config.scale_factor_temporal} * n of them, got {frames.shape[1]}")
+    mean, std = (torch.tensor(c, **like)[:, None, None, None] for c in (config.latents_mean, config.latents_std))
+    latents = vae.encode(frames.transpose(1, 2).to(**like)).latent_dist.mode()
+    return ((latents - mean) / std).transpose(1, 2).contiguous()
+
+
+@torch.no_grad()
 def encode_prompts(tokenizer: Any, encoder: Any, prompts: Sequence[str], text_len: int = 512) -> torch.Tensor:
     """Embeddings ``[B, text_len, text_dim]`` as Wan was trained on: zeros behind the end of each text.
 
