@@ -96,10 +96,17 @@ def attention_table() -> list[str]:
 
 
 def _baseline(path: Path) -> Iterator[tuple[int, dict]]:
-    """(architecture, row) of every toolchain in a baseline."""
+    """(architecture, row) of the newest toolchain that a baseline has for an architecture."""
+    newest: dict[int, tuple[list[int], list[dict]]] = {}
     for toolchain, rows in json.loads(path.read_text()).items():
+        made_by, _, arch = toolchain.rpartition(", sm_")
+        version = [int(x) for x in re.findall(r"\d+", made_by)]
+        at = int(arch.rstrip("a"))
+        if at not in newest or newest[at][0] < version:
+            newest[at] = version, rows
+    for arch, (_, rows) in newest.items():
         for row in rows:
-            yield int(toolchain.rsplit("sm_", 1)[1].rstrip("a")), row
+            yield arch, row
 
 
 def static_table() -> list[str]:

@@ -76,7 +76,7 @@ def forward_tile(
 
 def _through_registers(block_d: int) -> TileSize:
     """For sm_90 without fences: one stage is copied by way of registers, and those stores are fenced."""
-    return TileSize(128 if block_d <= 128 else 64, 64, 8, 1)
+    return TileSize(128, 64, 8, 1) if block_d <= 128 else TileSize(32, 64, 8, 1)  # 64 rows of 256 columns spill
 
 
 def _keys_for_128_columns(arch: int, head_dim: int, dtype: torch.dtype, use: str, *, rope: bool, shared: bool) -> int:
