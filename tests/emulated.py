@@ -9,12 +9,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import triton
 from patched import serving
 from ptx import emulator
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+# Kernels without machine code are kept apart: Triton 3.6 would take them for those of a GPU of that architecture.
+CACHE = Path(__file__).parents[1] / "build" / "triton_emulated"
 
 # What a launch must write completely. The cache's kernels, which write parts of a tensor, are checked by their results.
 OUTPUTS = {
@@ -76,7 +80,7 @@ def on_emulator(arch: int) -> Iterator[list[str]]:
     """Within the block ``use_backend("triton")`` serves CPU tensors; lists the kernels that were launched."""
     launched: list[str] = []
     compile_or_launch, knobs = JITFunction.run, triton.knobs.runtime
-    previous = triton.runtime.driver._active, knobs.add_stages_inspection_hook
+    previous = triton.runtime.driver._active, knobs.add_stages_inspection_hook, triton.knobs.cache.dir
 
     def run(self, *args, grid, warmup, **options):
         kernel = compile_or_launch(self, *args, grid=grid, warmup=True, **options)
@@ -96,9 +100,10 @@ def on_emulator(arch: int) -> Iterator[list[str]]:
     JITFunction.run = run
     triton.runtime.driver._active = _Driver(arch)
     knobs.add_stages_inspection_hook = _only_ptx
+    triton.knobs.cache.dir = str(CACHE)
     try:
         with serving("triton"):
             yield launched
     finally:
         JITFunction.run = compile_or_launch
-        triton.runtime.driver._active, knobs.add_stages_inspection_hook = previous
+        triton.runtime.driver._active, knobs.add_stages_inspection_hook, triton.knobs.cache.dir = previous
