@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 import sysconfig
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import torch
 from filelock import FileLock
 
 SOURCES = Path(__file__).parent / "src"
-BUILD = Path(__file__).parents[2] / "build" / "ptx_emulator"
+BUILD = Path(__file__).parents[2] / "build" / f"ptx_emulator-{sys.implementation.cache_tag}"  # of one Python
 # No contraction to fma: PTX says where a product is rounded. Two's complement, and rounding modes that change.
 FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fwrapv", "-ffp-contract=off", "-frounding-math", "-fvisibility=hidden"]
 FLAGS += ["-ftree-vectorize", "-fvect-cost-model=dynamic"]  # for the loops of the tensor cores
