@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from .config import CausalWanConfig
-from .reading import SHOWN, dequantised, is_lora, read_checkpoint, weights_folder
+from .reading import dequantised, described, is_lora, read_checkpoint, weights_folder
 from .wan import CausalWan
 from .wrappers import full, is_sharded, own_keys, plain_name, plain_state, sharded_like, unwrapped
 
@@ -73,12 +73,8 @@ def _load(model: CausalWan, state: dict[str, torch.Tensor], path: str | os.PathL
         "of another shape": shapes,
     }
     if any(problems.values()):
-        lines = [f"{path} does not fit this model ({getattr(model, 'config', type(model).__name__)})"]
-        for kind, names in problems.items():
-            if names:
-                rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-                lines.append(f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{rest}")
-        raise ValueError("\n  ".join(lines))
+        what = f"{path} does not fit this model ({getattr(model, 'config', type(model).__name__)})"
+        raise ValueError(described(what, problems))
     if not assign and any(p.is_meta for p in own.values()):
         raise ValueError("assign must be True for a model on the meta device: it has no memory to copy into")
     given = {keys[name]: sharded_like(x, own[name]) if is_sharded(own[name]) else x for name, x in state.items()}

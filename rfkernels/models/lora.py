@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .. import checks
-from .reading import SHOWN, own_names, read_tensors
+from .reading import described, own_names, read_tensors
 from .wan import CausalWan
 from .wrappers import is_sharded, plain_name, unwrapped
 
@@ -180,12 +180,7 @@ def _layers(
         value = next((x for x in (alpha, says) if x is not None), rank)
         layers[own[name][0]] = _Layer(a, b, value / (math.sqrt(rank) if settings.get("use_rslora") else rank))
     if any(problems.values()) or not layers:
-        lines = [f"{path} must hold a LoRA of this model's layers"]
-        for kind, names in problems.items():
-            if names:
-                rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-                lines.append(f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{rest}")
-        raise ValueError("\n  ".join(lines))
+        raise ValueError(described(f"{path} must hold a LoRA of this model's layers", problems))
     return layers
 
 

@@ -37,6 +37,17 @@ _HOLDERS = ("model.", "diffusion_model.", "transformer.")  # before the names: o
 _KNOWN = ("generator_ema", "generator", "model", "state_dict")  # under which trainers keep the weights
 SHOWN = 12  # names of each kind that an error spells out
 
+
+def described(what: str, problems: dict[str, list[str]]) -> str:
+    """An error's text: what is wrong, and a line for each kind of problem with its first names."""
+    lines = [what]
+    for kind, names in problems.items():
+        if names:
+            rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            lines.append(f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{rest}")
+    return "\n  ".join(lines)
+
+
 # What stands beside a quantised weight, in ComfyUI's older and newer files and LightX2V's. Scales of activations are of
 # no use to weights that are multiplied out.
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")

@@ -51,7 +51,7 @@ def _interpreter_fault() -> str | None:
     import numpy
     import triton
 
-    if _numbers(triton.__version__) < (3, 7) and _numbers(numpy.__version__) >= (2, 4):
+    if version_numbers(triton.__version__) < (3, 7) and version_numbers(numpy.__version__) >= (2, 4):
         return f"the interpreter of Triton {triton.__version__} needs numpy < 2.4, here is {numpy.__version__}"
     return None
 
@@ -68,12 +68,13 @@ def _found() -> str | None:
 
 
 def _too_old(version: str) -> str | None:
-    if _numbers(version) >= OLDEST_TRITON:
+    if version_numbers(version) >= OLDEST_TRITON:
         return None
     return f"Triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}, which the kernels need"
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Major and minor."""
     return tuple(int(x) for x in version.split(".")[:2])
 
 

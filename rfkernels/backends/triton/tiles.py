@@ -13,9 +13,10 @@ import torch
 import triton
 
 from ..plan import key_shares
+from . import version_numbers
 from .launch import padded
 
-_BEFORE_3_7 = tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 7)
+_BEFORE_3_7 = version_numbers(triton.__version__) < (3, 7)
 # Below 3.7 the compiler puts no fence between what cp.async writes to shared memory and wgmma's reads of it (sm_90).
 COPIES_ARE_FENCED = not _BEFORE_3_7
 
