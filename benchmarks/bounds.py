@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import figure, gpu_page
+from . import figure, gpu_page, waves
 from .cases import CASES, Work
 
 BASELINE = Path(__file__).parent / "static_baseline.json"
@@ -165,6 +165,7 @@ def gpu_pages() -> list[str]:
 SECTIONS = {
     "static": static_table,
     "loops": attention_table,
+    "waves": waves.table,
     "memory": memory_table,
     "figure": figure_table,
     "gpu": gpu_pages,

@@ -93,6 +93,8 @@ def toolchain(arch: int) -> str:
 def row(name: str, kernel: Compiled) -> dict:
     options = kernel.options
     tile = [options[k] for k in ("BLOCK_M", "BLOCK_N") if k in options]
+    if options.get("SHARES", 1) > 1 and not name.endswith("shared"):
+        name += ", tail"
     facts = {
         "case": name, "kernel": kernel.name, "tile": tile, "warps": kernel.warps, "stages": kernel.stages,
         "registers": kernel.registers, "spills": kernel.spills, "stack": kernel.stack, "shared": kernel.shared,

@@ -13,6 +13,8 @@
 
 namespace rfkernels {
 
+RF_HOST_DEVICE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // A cache of one layer: [sink_frames * frame_tokens | window_frames * frame_tokens] tokens.
 struct CacheGeometry {
   int64_t sink_frames;

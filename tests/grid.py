@@ -282,6 +282,27 @@ def run_window(backend: str, device: torch.device, dtype: torch.dtype, case: Win
     )  # fmt: skip
 
 
+# --- tiles of queries that fill whole waves of processors, and a tail whose keys are shared ---------------------------
+
+
+def run_tail(backend: str, device: torch.device, dtype: torch.dtype, use: str, tiles: int) -> None:
+    """A pass ("prefix"), a chunk or a window of as many tiles of 128 queries, each of which sees 600 keys or more."""
+    common = {"head_dim": 64, "kv_heads": tiles}
+    if use == "chunk":
+        run_chunk(backend, device, dtype, Chunk((12,), 1, 9, 1, size=(7, 11), **common))
+    elif use == "window":
+        run_window(backend, device, dtype, Window(120, 800, 77, 600, **common))
+    else:
+        streams = oracle.Streams(
+            backend, device, dtype, rf.Rope3D(64, 7, 11), num_layers=1, batch_size=1, num_kv_heads=tiles, head_dim=64,
+            frame_tokens=77, sink_frames=1, window_frames=9,
+        )  # fmt: skip
+        for _ in range(11):
+            streams.begin(1)
+            streams.write()
+        streams.run_pass()
+
+
 # --- Re-DMD loss ------------------------------------------------------------------------------------------------------
 
 

@@ -71,17 +71,6 @@ def test_importing_rfkernels_leaves_triton_alone():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(
-    "tokens, processors, shares", [(64, 132, 1), (128, 132, 3), (390, 108, 4), (390, 132, 1), (1560, 108, 1)]
-)
-def test_keys_are_shared_where_query_tiles_are_few(tokens, processors, shares):
-    """A chunk of three frames over nine, 12 heads; at 64 tokens a frame a merge costs more than it saves."""
-    from rfkernels.backends.triton.tiles import TileSize, splits
-
-    tile = TileSize(128, 128, 8, 2)
-    assert splits(-(-3 * tokens // tile.rows) * 12, 9 * tokens, tile, processors) == shares
-
-
 def test_tiles_are_chosen_by_families_of_architectures():
     from rfkernels.backends.triton.tiles import family
 

@@ -8,10 +8,7 @@ import grid
 import pytest
 import torch
 from grid import Chunk, Life, Loss, Window
-from oracle import Streams
 from ptx import emulator
-
-from rfkernels import Rope3D
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(emulator.unavailable() is not None, reason=str(emulator.unavailable()))
@@ -93,20 +90,25 @@ def test_sinks_in_half_precision_on_the_emulator(dtype, positions):
     assert "begin_chunk_kernel" in launched
 
 
-def test_split_keys_are_merged_on_the_emulator():
-    """Few query tiles, many keys: shares of the keys, joined by their normalisers."""
+def test_shared_keys_are_merged_on_the_emulator():
+    """Few query tiles, many keys: all of them are the tail."""
     from emulated import on_emulator
 
     with on_emulator(80) as launched:
-        streams = Streams(
-            "triton", CPU, torch.bfloat16, Rope3D(128, 7, 11), num_layers=1, batch_size=1, num_kv_heads=1,
-            frame_tokens=77, sink_frames=1, window_frames=9,
-        )  # fmt: skip
-        for _ in range(10):
-            streams.begin(1)
-            streams.write()
-        streams.run_pass()
+        grid.run_tail("triton", CPU, torch.bfloat16, "prefix", 1)
     assert launched[-2:] == ["forward_kernel", "merge_kernel"]
+
+
+@pytest.mark.parametrize("arch", [80, 90], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("use", ["prefix", "chunk", "window"])
+def test_whole_tiles_and_a_tail_on_the_emulator(use, arch):
+    """Nine tiles of queries on the eight processors that a CPU stands for."""
+    from emulated import on_emulator
+
+    with on_emulator(arch) as launched:
+        grid.run_tail("triton", CPU, torch.bfloat16, use, 9)
+    forward = [name for name in launched if name in ("forward_kernel", "merge_kernel")]
+    assert forward == ["forward_kernel", "forward_kernel", "merge_kernel"]
 
 
 @pytest.mark.parametrize("lost", ["barrier", "wait"])

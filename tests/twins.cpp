@@ -18,7 +18,9 @@ int64_t chunk_begin(const WindowMask* m, int64_t i) { return m->chunk_begin(i); 
 int64_t chunk_end(const WindowMask* m, int64_t i) { return m->chunk_end(i); }
 bool visible(const WindowMask* m, int64_t i, int64_t j) { return m->visible(i, j); }
 
-int64_t key_shares(int64_t row_tiles, int64_t keys, int64_t tile_keys, int64_t processors, int64_t per_processor) {
-  return rfkernels::key_shares(row_tiles, keys, tile_keys, processors, per_processor);
+void plan_tiles(int64_t row_tiles, int64_t keys, int64_t tile_keys, int64_t processors, int64_t per_processor,
+                int64_t (&plan)[2]) {
+  const auto [whole, shares] = rfkernels::plan_tiles(row_tiles, keys, tile_keys, processors, per_processor);
+  plan[0] = whole, plan[1] = shares;
 }
 }

@@ -29,7 +29,7 @@ def library() -> ctypes.CDLL:
     for name in ("evicted_frames", "valid_frames", "slot", "fuse_slot", "sink_position", "chunk_begin", "chunk_end"):
         getattr(loaded, name).restype = c_int64
     loaded.visible.restype = c_bool
-    loaded.key_shares.restype = c_int64
+    loaded.plan_tiles.restype = None
     return loaded
 
 
@@ -47,5 +47,7 @@ class WindowMask(_Struct):
     _fields_ = [*((name, c_int64) for name in _lengths), ("own_chunk", c_bool)]
 
 
-def key_shares(*sizes: int) -> int:
-    return library().key_shares(*map(c_int64, sizes))
+def plan_tiles(*sizes: int) -> tuple[int, int]:
+    plan = (c_int64 * 2)()
+    library().plan_tiles(*map(c_int64, sizes), plan)
+    return tuple(plan)

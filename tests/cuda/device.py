@@ -51,7 +51,7 @@ class Module:
         self._module = self._driver.load(text)
 
     def launch(self, entry: str, grid, block, args, shared_bytes: int = 0, seed: int = 0, *, tensors: dict, poison=()):
-        """args: one struct, as bytes. The result has the emulator's ``unwritten``, and counts no instructions."""
+        """args: one struct, as bytes. The result has the emulator's ``unwritten`` and counts no instructions."""
         (parameter,) = args
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors.values()}
         for name in poison:
@@ -67,7 +67,7 @@ class Module:
         self._driver.launch(self._module, entry, grid, block, shared_bytes, bytes(words))
         for base, storage in storages.items():
             as_bytes(storage).copy_(copies[base])
-        unwritten = {name: int(untouched(tensors[name]).sum()) for name in poison}
+        unwritten = {name: int(untouched(tensors[name]).sum()) * tensors[name].element_size() for name in poison}
         return SimpleNamespace(unwritten=unwritten, instructions=[])
 
 

@@ -13,6 +13,7 @@ from rfkernels.rope import RopeTables
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 INSTANCES = {"sm80": "attention/sm80/instances", "sm90": "attention/sm90/instances"}
+TILE_ROWS = 128
 USES = {"prefix": 0, "chunk": 1, "window": 2}
 
 
@@ -44,13 +45,14 @@ class AttentionProblem(ctypes.Structure):
 
 
 class ForwardParams(ctypes.Structure):
-    _fields_ = [("problem", AttentionProblem), ("out", c_void_p), ("lse", c_void_p), ("splits", c_int32)]
-    _fields_ += [("row_blocks", c_int32)]
+    _fields_ = [("problem", AttentionProblem)]
+    _fields_ += [(n, c_void_p) for n in ("out", "lse", "parts", "part_lse")]
+    _fields_ += [(n, c_int32) for n in ("whole", "shares", "row_blocks")]
 
 
 class MergeParams(ctypes.Structure):
     _fields_ = [(n, c_void_p) for n in ("parts", "part_lse", "out", "lse")]
-    _fields_ += [(n, c_int32) for n in ("splits", "batch", "queries", "heads", "head_dim")]
+    _fields_ += [(n, c_int32) for n in ("whole", "shares", "row_blocks", "queries", "heads", "head_dim")]
 
 
 def problem(
@@ -83,49 +85,70 @@ def problem(
     return struct, {name: x for name, x in tensors.items() if x is not None}
 
 
-def forward(cuda_module, q, k, v, *, splits: int = 1, keys: int = 0, hopper: bool = False, seed: int = 0, module=None,
-            **options):  # fmt: skip
-    """out, lse and the counts of the forward kernel; with splits, of its parts joined by the merge kernel.
+def forward(cuda_module, q, k, v, *, whole: int | None = None, shares: int = 1, keys: int = 0, hopper: bool = False,
+            seed: int = 0, module=None, **options):  # fmt: skip
+    """out, lse and the counts of the forward kernel; the keys of tiles from ``whole`` on are shared and merged.
 
     keys: 32 for the kernel of small multiprocessors at head_dim 128; hopper: the kernel for sm_90a.
     """
     struct, tensors = problem(q, k, v, **options)
     batch, queries, heads, head_dim = q.shape
     name = f"{SHORT[v.dtype]}_d{head_dim}"
-    tile_rows = 128
     if hopper:
         entry, threads, tile_keys = f"rf_attention_forward_hopper_{name}", 384, 64 if head_dim == 256 else 128
-        shared = 2 * head_dim * (tile_rows + 4 * tile_keys) + 64
+        shared_bytes = 2 * head_dim * (TILE_ROWS + 4 * tile_keys) + 64
     else:
         small = head_dim == 128 and keys == 32
         tile_keys = 32 if small or head_dim == 256 else 64
         entry, threads = f"rf_attention_forward_{name}" + ("_k32" if small else ""), 256 if head_dim == 256 else 128
-        shared = 2 * head_dim * (tile_rows + 2 * tile_keys) + 32
-    blocks = -(-queries // tile_rows)
-    shape = (splits, *q.shape) if splits > 1 else q.shape
-    out = torch.empty(shape, dtype=torch.float32 if splits > 1 else v.dtype)
-    lse = torch.empty(*shape[:-4], batch, heads, queries)
-    params = ForwardParams(struct, out.data_ptr(), lse.data_ptr(), splits, blocks)
+        shared_bytes = 2 * head_dim * (TILE_ROWS + 2 * tile_keys) + 32
+    row_blocks = -(-queries // TILE_ROWS)
+    row_tiles = row_blocks * heads * batch
+    whole = (row_tiles if shares == 1 else 0) if whole is None else whole
+    results = {"out": torch.empty(q.shape, dtype=v.dtype), "lse": torch.empty(batch, heads, queries)}
+    tail = {
+        "parts": torch.empty(row_tiles - whole, shares, TILE_ROWS, head_dim),
+        "part_lse": torch.empty(row_tiles - whole, shares, TILE_ROWS),
+    }
+    params = ForwardParams(struct, *(x.data_ptr() for x in (results | tail).values()), whole, shares, row_blocks)
     module = module or cuda_module(f"{INSTANCES['sm90' if hopper else 'sm80']}/forward_{name}")
+    written = results | (tail if whole < row_tiles else {})
     counts = module.launch(
-        entry, (blocks * heads * batch, splits), (threads,), [bytes(params)], shared, seed,
-        tensors=tensors | {"out": out, "lse": lse}, poison=["out", "lse"],
+        entry, (whole + (row_tiles - whole) * shares,), (threads,), [bytes(params)], shared_bytes, seed,
+        tensors=tensors | written, poison=list(written),
     )  # fmt: skip
-    assert counts.unwritten == {"out": 0, "lse": 0}
-    if splits > 1:
-        out, lse = merge(cuda_module, out, lse, v.dtype)
-    return out, lse, counts
+    rows = merged_rows(whole, row_blocks, heads, batch, queries)
+    left = {name: bytes_of(x) * rows // (batch * queries * heads) for name, x in results.items()}
+    assert counts.unwritten == {name: left.get(name, 0) for name in written}
+    if whole < row_tiles:
+        merge(cuda_module, tail, results, whole)
+    return *results.values(), counts
 
 
-def merge(cuda_module, parts: torch.Tensor, part_lse: torch.Tensor, dtype: torch.dtype):
-    splits, batch, queries, heads, head_dim = parts.shape
-    out, lse = torch.empty(parts.shape[1:], dtype=dtype), torch.empty(part_lse.shape[1:])
-    tensors = {"parts": parts, "part_lse": part_lse, "out": out, "lse": lse}
-    params = MergeParams(*(x.data_ptr() for x in tensors.values()), splits, batch, queries, heads, head_dim)
-    rows = batch * queries * heads
+def merged_rows(whole: int, row_blocks: int, heads: int, batch: int, queries: int) -> int:
+    """Rows of the tiles after the first ``whole`` ones."""
+    last = queries - (row_blocks - 1) * TILE_ROWS
+    return sum(
+        last if i % row_blocks == row_blocks - 1 else TILE_ROWS for i in range(whole, row_blocks * heads * batch)
+    )
+
+
+def merge(cuda_module, tail: dict[str, torch.Tensor], results: dict[str, torch.Tensor], whole: int) -> None:
+    """Joins the parts into ``results``, of which everything else stays as it is."""
+    batch, queries, heads, head_dim = results["out"].shape
+    joined = {name: torch.empty_like(x) for name, x in results.items()}
+    tensors, row_blocks = tail | joined, -(-queries // TILE_ROWS)
+    shares = tail["parts"].shape[1]
+    params = MergeParams(*(x.data_ptr() for x in tensors.values()), whole, shares, row_blocks, queries, heads, head_dim)
     counts = cuda_module("attention/merge").launch(
-        f"rf_attention_merge_{SHORT[dtype]}", (-(-rows // 8),), (256,), [bytes(params)], tensors=tensors,
-        poison=["out", "lse"],
+        f"rf_attention_merge_{SHORT[results['out'].dtype]}", (len(tail["parts"]) * TILE_ROWS // 8,), (256,),
+        [bytes(params)], tensors=tensors, poison=list(joined),
     )  # fmt: skip
-    assert counts.unwritten == {"out": 0, "lse": 0}
-    return out, lse
+    rows = merged_rows(whole, row_blocks, heads, batch, queries)
+    for name, x in results.items():
+        assert counts.unwritten[name] == bytes_of(x) - bytes_of(x) * rows // (batch * queries * heads)
+        x.copy_(x.where(~x.isnan(), joined[name]))
+
+
+def bytes_of(x: torch.Tensor) -> int:
+    return x.numel() * x.element_size()

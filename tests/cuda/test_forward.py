@@ -109,11 +109,11 @@ def run_chunk(cuda_module, dtype, head_dim, *, rope=True, ages=(7, 2), **options
 
 @pytest.mark.parametrize("rope", [True, False], ids=["rope", "no rope"])
 @pytest.mark.parametrize("ages", [(7, 2), (12, 3)], ids=str)
-@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("shares", [1, 2])
 @each_kernel
-def test_chunk(cuda_module, rope, ages, splits, hopper):
+def test_chunk(cuda_module, rope, ages, shares, hopper):
     """Past and open chunk, in streams of different ages; the second has a missing frame or no past."""
-    run_chunk(cuda_module, BF16, 64, rope=rope, ages=ages, splits=splits, hopper=hopper)
+    run_chunk(cuda_module, BF16, 64, rope=rope, ages=ages, shares=shares, hopper=hopper)
 
 
 # The other kernels: dtype, head_dim, keys of a tile where there is a choice.
@@ -154,14 +154,32 @@ def run_window(cuda_module, dtype, head_dim, mask, size, queries=None, **options
     compare("window", got, exact, plain, dtype)
 
 
+# Tiles of queries with a block each, and blocks that share the keys of every further one.
+TAILS = {"all": (0, 2), "most": (1, 3), "the last": (3, 2)}
+
+
 @each_kernel
-@pytest.mark.parametrize("splits", [1, 2])
-def test_nan_is_not_hidden(cuda_module, splits, hopper):
+@pytest.mark.parametrize("whole, shares", TAILS.values(), ids=TAILS)
+@pytest.mark.parametrize("use", ["prefix", "chunk", "window"])
+def test_keys_of_a_tail_are_shared(cuda_module, use, whole, shares, hopper):
+    """Each launch writes its rows and no others (`launch.forward` counts them)."""
+    options = {"whole": whole, "shares": shares, "hopper": hopper}
+    if use == "prefix":
+        run_prefix(cuda_module, BF16, 64, ages=(9,), heads=(2, 1), **options)
+    elif use == "chunk":
+        run_chunk(cuda_module, BF16, 64, **options)
+    else:
+        run_window(cuda_module, BF16, 64, *MASKS["chunks"], **options)
+
+
+@each_kernel
+@pytest.mark.parametrize("shares", [1, 2])
+def test_nan_is_not_hidden(cuda_module, shares, hopper):
     """A key that is NaN makes every row that sees it NaN, its normaliser too, whichever part of the keys it is in."""
     q, k, v = (torch.randn(1, n, 1, 64).bfloat16() for n in (128, 512, 512))
     k[0, 300] = float("nan")
     out, lse, _ = forward(
-        cuda_module, q, k, v, num_frames=torch.tensor([4]), frame_tokens=128, capacity=4, scale=0.1, splits=splits,
+        cuda_module, q, k, v, num_frames=torch.tensor([4]), frame_tokens=128, capacity=4, scale=0.1, shares=shares,
         hopper=hopper,
     )  # fmt: skip
     assert out.isnan().all() and lse.isnan().all()
@@ -170,7 +188,7 @@ def test_nan_is_not_hidden(cuda_module, splits, hopper):
 FORMS = {
     "empty": {"rope": None, "ages": (0, 5)},
     "half": {"rope": "half", "ages": (3,), "heads": (1, 1)},
-    "splits": {"splits": 3, "ages": (9,), "q_dtype": torch.float32},
+    "shares": {"shares": 3, "ages": (9,), "q_dtype": torch.float32},
     "negative": {"scale": -0.3, "ages": (4,)},
     "zero": {"scale": 0.0, "ages": (4,)},
 }

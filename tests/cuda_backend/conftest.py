@@ -6,7 +6,7 @@ from rfkernels.backends import cuda
 
 
 @pytest.fixture(autouse=True)
-def emulated(device):
+def emulated(device, poisoned_outputs):
     """The module `emulated`, or None on a GPU. Within the test ``rf.use_backend("cuda")`` works."""
     if device.type == "cuda":
         if reason := cuda.unavailable(device):

@@ -53,6 +53,17 @@ def test_sink_window_attention(device, dtype, case):
     grid.run_window("cuda", device, dtype, case)
 
 
+@pytest.mark.parametrize("hopper", [False, True], ids=["sm_80", "sm_90a"])
+@pytest.mark.parametrize("use", ["prefix", "chunk", "window"])
+def test_whole_tiles_and_a_tail(device, emulated, use, hopper):
+    """On eight processors, which hold two blocks each, or one of Hopper's: one tile more than they hold."""
+    if emulated is None:
+        pytest.skip("the number of processors is the GPU's")
+    with emulated.capability(90 if hopper else 80):
+        grid.run_tail("cuda", device, torch.bfloat16, use, 9 if hopper else 17)
+    assert [name.startswith("rf_attention_merge") for name, _ in emulated.launches].count(True) == 1
+
+
 HOPPER_CASES = {
     "stream": (grid.run_life, grid.Life(2, 3, 2, head_dim=64, group=2, size=(3, 5))),
     "chunk": (grid.run_chunk, grid.Chunk((5, 7), 2, 3, 2, head_dim=128, group=2)),

@@ -1,4 +1,4 @@
-"""How the host code launches attention on GPUs of several sizes: kernel, tiles, grid, splits. Nothing is executed."""
+"""How the host code launches attention on GPUs of several sizes: kernel, tiles, grid. Nothing is executed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def forward(emulated, gpu: str, queries: int, keys: int, *, batch=1, heads=1, he
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_the_tile_fits_the_multiprocessor(emulated, gpu, dtype, head_dim):
     """Two blocks of up to 128 columns, one of 256, with the tiles that the kernel's config has."""
-    (plan,) = forward(emulated, gpu, 4680, 14040, heads=12, head_dim=head_dim, dtype=dtype)
+    plan, _ = forward(emulated, gpu, 4680, 14040, heads=12, head_dim=head_dim, dtype=dtype)
     small = GPUS[gpu][1] < 128 * KB and head_dim == 128
     keys = 32 if small or head_dim == 256 else 64
     short = "bf16" if dtype is BF16 else "fp16"
@@ -59,56 +59,40 @@ def test_the_tile_fits_the_multiprocessor(emulated, gpu, dtype, head_dim):
     assert plan.shared_bytes <= GPUS[gpu][2] and blocks * (plan.shared_bytes + reserved) <= GPUS[gpu][1]
 
 
-@pytest.mark.parametrize("gpu", GPUS)
-def test_a_pass_at_the_papers_shape_is_not_split(emulated, gpu):
-    """3 frames of 1560 tokens, 12 heads: 444 blocks are more than any GPU holds at a time."""
-    (plan,) = forward(emulated, gpu, 4680, 14040, heads=12)
-    assert plan.grid == (-(-4680 // ROWS) * 12, 1)
-
-
-# Queries, keys, samples and heads, and how many blocks share the keys of a tile on each of GPUS.
-SHARED = {
-    (64, 14040, 1, 1): (16, 16, 16, 16),
-    (1, 4096, 1, 8): (13, 10, 16, 16),
-    (130, 1000, 2, 3): (6, 6, 6, 11),
-    (768, 2304, 1, 12): (
-        3,
-        2,
-        3,
-        4,
-    ),  # a chunk of three frames of 256 tokens, on an H100 216 of the 264 blocks it holds
-    (1560, 14040, 1, 4): (4, 3, 5, 6),
-    (4680, 14040, 1, 1): (11, 4, 7, 9),
-    (128, 128, 1, 1): (1, 1, 1, 1),
-    (128, 255, 1, 1): (1, 1, 1, 1),  # less than two tiles of 64 for each of two
-    (128, 256, 1, 1): (1, 4, 1, 4),  # tiles of 32
-    (1, 1, 1, 1): (1, 1, 1, 1),
+MERGE = "rf_attention_merge_bf16"
+# Queries, keys, samples and heads; for each of GPUS whole tiles of queries, and blocks that share the keys of the rest.
+PLANS = {
+    (4680, 14040, 1, 12): ((432, 16), (328, 7), (264, 4), (340, 3)),  # the paper's pass
+    (64, 14040, 1, 1): ((0, 16), (0, 16), (0, 16), (0, 16)),
+    (1, 4096, 1, 8): ((0, 13), (0, 10), (0, 16), (0, 16)),
+    (130, 1000, 2, 3): ((0, 6), (0, 6), (0, 6), (0, 11)),
+    (768, 2304, 1, 12): ((0, 3), (0, 2), (0, 3), (0, 4)),  # on an H100 216 of the 264 blocks it holds
+    (1560, 14040, 1, 4): ((0, 4), (0, 3), (0, 5), (0, 6)),
+    (128, 128, 1, 1): ((1, 1), (1, 1), (1, 1), (1, 1)),
+    (128, 255, 1, 1): ((1, 1), (1, 1), (1, 1), (1, 1)),  # less than two tiles of 64 for each of two
+    (128, 256, 1, 1): ((1, 1), (0, 4), (1, 1), (0, 4)),  # tiles of 32
+    (1, 1, 1, 1): ((1, 1), (1, 1), (1, 1), (1, 1)),
 }
 
 
-@pytest.mark.parametrize("shape", SHARED, ids=str)
+@pytest.mark.parametrize("shape", PLANS, ids=str)
 @pytest.mark.parametrize("gpu", GPUS)
-def test_few_blocks_share_the_keys(emulated, gpu, shape):
-    """Each block has two tiles of keys or more; one launch then joins their results."""
+def test_blocks_share_the_keys_of_what_no_wave_fills(emulated, gpu, shape):
+    """One launch for whole tiles and shares; one more joins the shares, of 128 rows each, eight rows a block."""
     queries, keys, batch, heads = shape
     plan, *merge = forward(emulated, gpu, queries, keys, batch=batch, heads=heads)
-    blocks, splits = plan.grid
-    assert blocks == -(-queries // ROWS) * heads * batch
-    assert splits == SHARED[shape][list(GPUS).index(gpu)]
-    if splits == 1:
-        assert not merge
-    else:
-        assert [(x.kernel, x.grid) for x in merge] == [
-            ("rf_attention_merge_bf16", (-(-queries * batch * heads // 8), 1))
-        ]
+    whole, shares = PLANS[shape][list(GPUS).index(gpu)]
+    tail = -(-queries // ROWS) * heads * batch - whole
+    assert plan.grid == (whole + tail * shares, 1)
+    assert [(x.kernel, x.grid) for x in merge] == ([(MERGE, (tail * 16, 1))] if tail else [])
 
 
-def test_the_window_and_not_the_sequence_decides_the_splits(emulated):
+def test_the_window_and_not_the_sequence_decides(emulated):
     """A token decoded at the end of a long sequence sees its window and the sinks: nothing to share among 16."""
     (plan,) = forward(emulated, "A100", 1, 100_000, mask=WindowMask(4, 200, 1, 1, True))
     assert plan.grid == (1, 1)
     plan, _ = forward(emulated, "A100", 1, 100_000, mask=WindowMask(4, 2**40, 1, 1, True))
-    assert plan.grid == (1, 16)
+    assert plan.grid == (16, 1)
 
 
 @pytest.mark.parametrize("sizes", [{"queries": 0, "keys": 64}, {"queries": 8, "keys": 64, "batch": 0}], ids=str)

@@ -78,7 +78,7 @@ struct WarpRows {
 template <class Config, class Scores>
 __device__ __forceinline__ void hide_unseen(Scores& s, const ForwardParams& params, int end, int part, int first_key) {
   const AttentionProblem& p = params.problem;
-  const int thread = not_before(threadIdx.x), block = not_before(blockIdx.x) % params.row_blocks;
+  const int thread = not_before(threadIdx.x), block = TileShare(params).index % params.row_blocks;
   const int row = block * Config::kTileRows + thread / 32 * 16 * Config::kRowBlocks + thread % 32 / 4;
 #pragma unroll
   for (int r = 0; r < 2 * Config::kRowBlocks; ++r) {
@@ -95,8 +95,8 @@ __device__ __forceinline__ void hide_unseen(Scores& s, const ForwardParams& para
   }
 }
 
-// Whole rows of the output, by way of shared memory: 16 bytes a thread. Of the queries' tile a warp uses only the rows
-// that it alone reads, so no barrier is needed.
+// A part in float, as it lies in registers; or whole rows of the output, by way of shared memory: 16 bytes a thread. Of
+// the queries' tile a warp uses only the rows that it alone reads, so no barrier is needed.
 template <class Config>
 __device__ __forceinline__ void store(const WarpRows<Config>& rows, const ForwardParams& params, uint32_t sQ) {
   using T = typename Config::Element;
@@ -104,23 +104,22 @@ __device__ __forceinline__ void store(const WarpRows<Config>& rows, const Forwar
   const AttentionProblem& p = params.problem;
   const QueryTile tile(params, Config::kTileRows);
   const int thread = not_before(threadIdx.x), lane = thread % 32, warp_row = thread / 32 * 16 * Config::kRowBlocks;
-  const int64_t place = int64_t(tile.split) * p.batch + tile.sample;
+  const bool is_part = tile.shares > 1;
+  const int64_t part = int64_t(not_before(blockIdx.x) - params.whole) * Config::kTileRows;
 #pragma unroll
   for (int r = 0; r < 2 * Config::kRowBlocks; ++r) {
     const int local = warp_row + lane / 4 + 8 * r, row = tile.first_row + local;
     const bool exists = row >= tile.stream.missing;
     const float normaliser = exists ? rows.softmax.normaliser(r) : 0.0f;
-    if (lane % 4 == 0 && row <= tile.last_row)
-      params.lse[(place * p.heads + tile.head) * p.queries + row] = exists ? rows.softmax.lse(r) : kUnseen;
+    float* lse = is_part ? params.part_lse + part + local
+                         : params.lse + (int64_t(tile.sample) * p.heads + tile.head) * p.queries + row;
+    if (lane % 4 == 0 && (is_part || row <= tile.last_row)) *lse = exists ? rows.softmax.lse(r) : kUnseen;
     const auto value = [&](int n, int i) { return exists ? rows.rOut[r / 2][n][r % 2 * 2 + i] * normaliser : 0.0f; };
-    if (params.splits > 1) {
-      float* part =
-          static_cast<float*>(params.out) + ((place * p.queries + row) * p.heads + tile.head) * Config::kHeadDim;
-      if (row <= tile.last_row) {
+    if (is_part) {
+      float* out = params.parts + (part + local) * Config::kHeadDim;
 #pragma unroll
-        for (int n = 0; n < Config::kHeadDim / 8; ++n)
-          *reinterpret_cast<float2*>(part + 8 * n + lane % 4 * 2) = make_float2(value(n, 0), value(n, 1));
-      }
+      for (int n = 0; n < Config::kHeadDim / 8; ++n)
+        *reinterpret_cast<float2*>(out + 8 * n + lane % 4 * 2) = make_float2(value(n, 0), value(n, 1));
     } else {
 #pragma unroll
       for (int n = 0; n < Config::kHeadDim / 8; ++n)
@@ -129,7 +128,7 @@ __device__ __forceinline__ void store(const WarpRows<Config>& rows, const Forwar
                      : "memory");
     }
   }
-  if (params.splits > 1) return;
+  if (is_part) return;
   __syncwarp();
   constexpr int kUnits = QTile::kUnits;
 #pragma unroll 4
@@ -140,7 +139,8 @@ __device__ __forceinline__ void store(const WarpRows<Config>& rows, const Forwar
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
                  : "r"(sQ + QTile::offset(local, unit)));
-    T* out = static_cast<T*>(params.out) + ((place * p.queries + row) * p.heads + tile.head) * Config::kHeadDim;
+    T* out = static_cast<T*>(params.out) +
+             ((int64_t(tile.sample) * p.queries + row) * p.heads + tile.head) * Config::kHeadDim;
     reinterpret_cast<uint4*>(out)[unit] = bits;
   }
 }

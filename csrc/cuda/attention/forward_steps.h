@@ -24,18 +24,32 @@ __device__ __forceinline__ BlockAddresses<Tile, kByRows> not_before(BlockAddress
   return x;
 }
 
+// Which tile of queries a block has, and which share of its keys.
+struct TileShare {
+  int index, share = 0, shares = 1;
+
+  __device__ explicit TileShare(const ForwardParams& params) : index(not_before(blockIdx.x)) {
+    const int part = index - params.whole;
+    if (part >= 0) {
+      shares = params.shares;
+      index = part / shares;
+      share = part - index * shares;
+      index += params.whole;
+    }
+  }
+};
+
 // The row tile of a block, and what is known of its stream. Cheap to make anew, dear to keep across the main loop.
-struct QueryTile {
-  int sample, head, split;
+struct QueryTile : TileShare {
+  int sample, head;
   int first_row, last_row;  // last_row: the last that exists
   StreamRows stream;
 
-  __device__ QueryTile(const ForwardParams& params, int rows) {
+  __device__ QueryTile(const ForwardParams& params, int rows) : TileShare(params) {
     const AttentionProblem& p = params.problem;
-    const int index = not_before(blockIdx.x), block = index % params.row_blocks, rest = index / params.row_blocks;
+    const int block = index % params.row_blocks, rest = index / params.row_blocks;
     head = rest % p.heads;
     sample = rest / p.heads;
-    split = blockIdx.y;
     first_row = block * rows;
     last_row = min(first_row + rows, p.queries) - 1;
     stream = StreamRows(p, sample);
@@ -55,10 +69,10 @@ struct KeySegment : Sweep {  // begin, end: of this block's share, whole tiles b
     const Rows& rk = own ? p.own_k : p.k;
     const Rows& rv = own ? p.own_v : p.v;
     end = max(end, begin);
-    if (params.splits > 1) {
+    if (tile.shares > 1) {
       const int tiles = (end - begin + tile_keys - 1) / tile_keys;
-      const int share = (tiles + params.splits - 1) / params.splits * tile_keys;
-      begin = min(begin + tile.split * share, end);
+      const int share = (tiles + tile.shares - 1) / tile.shares * tile_keys;
+      begin = min(begin + tile.share * share, end);
       end = min(begin + share, end);
     }
     k_step = 2 * rk.token, v_step = 2 * rv.token;

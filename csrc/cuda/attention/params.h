@@ -53,15 +53,19 @@ struct AttentionProblem {
   float scale;  // any sign; 0 too
 };
 
-// out [B, N_q, H_q, D] contiguous in the type of v, lse float [B, H_q, N_q] contiguous, natural log. splits > 1: out is
-// float [splits, B, N_q, H_q, D] and lse [splits, B, H_q, N_q], for the merge kernel. A query that sees nothing, or
-// whose frame the stream does not have, gets zeros and -inf.
+// out [B, N_q, H_q, D] contiguous in the type of v, lse float [B, H_q, N_q] contiguous, natural log. A query that sees
+// nothing, or whose frame the stream does not have, gets zeros and -inf.
+// The first `whole` tiles of queries have a block each; the keys of every further one are shared by `shares` blocks,
+// which write parts [tiles, shares, rows of a tile, D] and part_lse [tiles, shares, rows] for the merge kernel. Tiles
+// are numbered by sample, head and row_blocks, the tiles of a head: ceil(queries / rows of a tile).
 struct ForwardParams {
   AttentionProblem problem;
   void* out;
   float* lse;
-  int32_t splits;
-  int32_t row_blocks;  // ceil(queries / rows of a tile)
+  float* parts;
+  float* part_lse;
+  int32_t whole, shares;
+  int32_t row_blocks;
 };
 
 // What a block of a forward kernel needs: kRows queries, one tile of `keys` keys and one of values (for Hopper two of
@@ -84,13 +88,13 @@ struct ForwardTiles {
 
 constexpr int kMergeRows = 8;  // of a block of the merge kernel, a warp each
 
-// Joins `splits` results over disjoint keys, at most 32.
+// Joins the parts of tiles `whole` and the next ones into their rows of out and lse; shares: at most 32.
 struct MergeParams {
-  const float* parts;     // [splits, B, N_q, H_q, D]
-  const float* part_lse;  // [splits, B, H_q, N_q]
-  void* out;              // [B, N_q, H_q, D]
-  float* lse;             // [B, H_q, N_q]
-  int32_t splits, batch, queries, heads, head_dim;
+  const float* parts;
+  const float* part_lse;
+  void* out;
+  float* lse;
+  int32_t whole, shares, row_blocks, queries, heads, head_dim;
 };
 
 }  // namespace rfkernels::cuda

@@ -11,8 +11,6 @@ constexpr int kMaxHeadDim = 512;    // so that a block holds a row, and shared m
 constexpr int kHeadsPerThread = 4;  // of one token, in write and rotate: they share its phases
 constexpr int kMaxPairs = kMaxHeadDim / 2;
 
-RF_HOST_DEVICE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Tokens of one head that a block moves at a time: a thread owns 16 columns of a row.
 RF_HOST_DEVICE int64_t rows_per_block(int64_t head_dim) { return kThreads / (head_dim / kColumns); }
 RF_HOST_DEVICE int64_t token_blocks(int64_t tokens, int64_t head_dim) {

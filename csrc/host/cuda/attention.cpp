@@ -1,4 +1,4 @@
-// Attention forward on CUDA: chooses a kernel and a number of splits, fills in the parameters, launches.
+// Attention forward on CUDA: chooses a kernel and a plan of its tiles, fills in the parameters, launches.
 #include <algorithm>
 #include <tuple>
 
@@ -78,40 +78,39 @@ std::tuple<Tensor, Tensor> attention_forward(const requests::AttentionForward& r
   const Tensor lse = torch::stable::new_empty(k, {vq.batch, vq.heads, vq.tokens}, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
   params.row_blocks = int32_t(divide_up(vq.tokens, ForwardTiles::kRows));
-  const int64_t blocks = params.row_blocks * vq.heads * vq.batch;
+  const int64_t row_tiles = params.row_blocks * vq.heads * vq.batch;
   const int64_t longest =
       p.use == Use::kWindow ? std::min(vk.tokens, p.mask.sink_tokens + p.mask.window_tokens) : vk.tokens + vok.tokens;
-  const int64_t splits = key_shares(blocks, longest, kernel.tiles.keys, processors(k), kernel.tiles.blocks_per_sm());
-  params.splits = int32_t(splits);
-  // With splits each writes a result of its own, in float: the only memory beside the outputs.
-  const Tensor parts = splits == 1 ? out
-                                   : torch::stable::new_empty(k, {splits, vq.batch, vq.tokens, vq.heads, vq.head_dim},
-                                                              ScalarType::Float);
-  const Tensor part_lse =
-      splits == 1 ? lse : torch::stable::new_empty(k, {splits, vq.batch, vq.heads, vq.tokens}, ScalarType::Float);
-  params.out = parts.mutable_data_ptr();
-  params.lse = part_lse.mutable_data_ptr<float>();
-  launch(kernel.kernel, {blocks, splits}, kernel.tiles.threads(), kernel.tiles.shared_bytes(), params, tensors,
-         {parts, part_lse});
-  if (splits > 1) {
-    const MergeParams merge{parts.const_data_ptr<float>(),
-                            part_lse.const_data_ptr<float>(),
-                            out.mutable_data_ptr(),
-                            lse.mutable_data_ptr<float>(),
-                            params.splits,
-                            p.batch,
-                            p.queries,
-                            p.heads,
-                            int32_t(vq.head_dim)};
-    const Kernel join =
-        kernel.dtype == DType::Float16 ? RF_KERNEL(rf_attention_merge_fp16) : RF_KERNEL(rf_attention_merge_bf16);
-    launch(join, {divide_up(vq.batch * vq.tokens * vq.heads, kMergeRows)}, 32 * kMergeRows, 0, merge, {parts, part_lse},
+  const TilePlan plan = plan_tiles(row_tiles, longest, kernel.tiles.keys, processors(k), kernel.tiles.blocks_per_sm());
+  const int64_t tail = row_tiles - plan.whole;
+  params.whole = int32_t(plan.whole), params.shares = int32_t(plan.shares);
+  params.out = out.mutable_data_ptr();
+  params.lse = lse.mutable_data_ptr<float>();
+  if (tail == 0) {
+    launch(kernel.kernel, {row_tiles}, kernel.tiles.threads(), kernel.tiles.shared_bytes(), params, tensors,
            {out, lse});
+    return {out, lse};
   }
+  // The only memory beside the outputs.
+  const Tensor part_lse = torch::stable::new_empty(k, {tail, plan.shares, ForwardTiles::kRows}, ScalarType::Float);
+  const Tensor parts =
+      torch::stable::new_empty(k, {tail, plan.shares, ForwardTiles::kRows, vq.head_dim}, ScalarType::Float);
+  params.parts = parts.mutable_data_ptr<float>();
+  params.part_lse = part_lse.mutable_data_ptr<float>();
+  std::vector<Tensor> touched = tensors;
+  touched.insert(touched.end(), {out, lse});
+  launch(kernel.kernel, {plan.blocks(row_tiles)}, kernel.tiles.threads(), kernel.tiles.shared_bytes(), params, touched,
+         {parts, part_lse});
+  const MergeParams merge{params.parts,  params.part_lse,   params.out, params.lse, params.whole,
+                          params.shares, params.row_blocks, p.queries,  p.heads,    int32_t(vq.head_dim)};
+  const Kernel join =
+      kernel.dtype == DType::Float16 ? RF_KERNEL(rf_attention_merge_fp16) : RF_KERNEL(rf_attention_merge_bf16);
+  launch(join, {tail * ForwardTiles::kRows / kMergeRows}, 32 * kMergeRows, 0, merge, {parts, part_lse, out, lse});
   return {out, lse};
 }
 
-// Two launches, or three where keys are shared: write, attend, merge. The normaliser comes with the result for nothing.
+// Two launches, or three where some tiles' keys are shared: write, attend, merge. The normaliser comes with the result
+// for nothing.
 std::tuple<Tensor, Tensor> streaming_attention(const requests::StreamingAttention& request,
                                                const std::vector<Tensor>& tensors) {
   const auto& [q, into, scale, full, return_lse] = request;

@@ -26,6 +26,7 @@ from .launch import (
 )
 from .rotation import rotate
 from .structs import Frames
+from .tiles import TileSize
 
 
 class Prepared(NamedTuple):
@@ -81,7 +82,7 @@ def prepare_window(request: WindowAttention) -> Prepared:
 
 
 def streaming_attention(request: StreamingAttention) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pass: one launch that writes, one that attends (and one that merges, where keys are shared)."""
+    """The pass: one launch that writes, one that attends, and two for tiles whose keys are shared (`backends.plan`)."""
     written = request.write
     write(written)
     geometry = written.geometry
@@ -124,27 +125,41 @@ def attend(prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _launch(prepared: Prepared, sink_q: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor) -> None:
     """sink_q: queries as they meet the sinks outside their window, where that is another rotation."""
-    q, k, v, own_k, own_v, frames, mask, rope, scale = prepared
+    q = prepared.q
     batch, queries, heads, head_dim = q.shape
-    block_d, kind = padded(head_dim), (tiles.architecture(), head_dim, k.dtype, prepared.use)
+    kind, block_d = (tiles.architecture(), head_dim, prepared.k.dtype, prepared.use), padded(head_dim)
     tile = tiles.forward_tile(*kind, rope=sink_q is not None, shared=False)
-    programs = triton.cdiv(queries, tile.rows) * heads * batch
-    shares = tiles.splits(programs, prepared.longest, tile, tiles.processors(q.device))
-    share_out, share_lse = out, lse
-    if shares > 1:
-        tile = tiles.forward_tile(*kind, rope=sink_q is not None, shared=True)  # as many rows
-        share_out, share_lse = (torch.empty(shares, *x.shape, dtype=torch.float32, device=q.device) for x in (out, lse))
-    forward_kernel[(programs, shares)](
+    row_tiles = triton.cdiv(queries, tile.rows) * heads * batch
+    whole, shares = tiles.plan(row_tiles, prepared.longest, tile, tiles.processors(q.device))
+    if whole > 0:
+        _sweep_tiles(prepared, sink_q, out, lse, tile, range(whole), shares=1)
+    tail = row_tiles - whole
+    if tail == 0:
+        return
+    tile = tiles.forward_tile(*kind, rope=sink_q is not None, shared=True)  # as many rows
+    part_lse = torch.empty(tail, shares, tile.rows, dtype=torch.float32, device=q.device)
+    parts = part_lse.new_empty(*part_lse.shape, head_dim)
+    _sweep_tiles(prepared, sink_q, parts, part_lse, tile, range(whole, row_tiles), shares)
+    merged = min(pointwise_rows(block_d), tile.rows)
+    merge_kernel[(tail * (tile.rows // merged),)](
+        parts, part_lse, out, lse, queries, heads, whole, SHARES=shares, D=head_dim, BLOCK_D=block_d,
+        TILE_M=tile.rows, BLOCK_M=merged, num_warps=4, **FUSION,
+    )  # fmt: skip
+
+
+def _sweep_tiles(
+    prepared: Prepared, sink_q: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, tile: TileSize,
+    row_tiles: range, shares: int,
+) -> None:  # fmt: skip
+    """One launch of the forward kernel over these tiles of queries, with ``shares`` programs for the keys of each."""
+    q, k, v, own_k, own_v, frames, mask, rope, scale = prepared
+    queries, heads, head_dim = q.shape[1:]
+    block_d = padded(head_dim)
+    forward_kernel[(len(row_tiles), shares)](
         strided(q), None if sink_q is None else strided(sink_q), key_values(k, v),
-        None if own_k is None or own_v is None else key_values(own_k, own_v), share_out, share_lse, frames,
-        rope_of(rope), mask_of(mask), scale, queries, k.shape[1], heads, GROUP=heads // k.shape[2], D=head_dim,
+        None if own_k is None or own_v is None else key_values(own_k, own_v), out, lse, frames, rope_of(rope),
+        mask_of(mask), scale, queries, k.shape[1], heads, row_tiles.start, GROUP=heads // k.shape[2], D=head_dim,
         BLOCK_D=block_d, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SHARES=shares, STAGES=tile.stages,
         TWO_FRAMES=frames.tokens >= tile.rows, num_warps=tile.warps, num_stages=tile.stages, **FUSION,
         **(ALL_REGISTERS if k.dtype == torch.float32 or block_d > 128 else {}),
     )  # fmt: skip
-    if shares > 1:
-        merged = pointwise_rows(block_d)
-        merge_kernel[(triton.cdiv(queries, merged) * heads * batch,)](
-            share_out, share_lse, out, lse, queries, heads, SHARES=shares, D=head_dim, BLOCK_D=block_d, BLOCK_M=merged,
-            num_warps=4, **FUSION,
-        )  # fmt: skip

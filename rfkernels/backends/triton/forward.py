@@ -115,43 +115,57 @@ def _load_queries(
 
 
 @triton.jit
-def _store_results(softmax, tile, columns, place, missing, queries, heads, OUT, LSE, D: tl.constexpr):
-    """Finishes a softmax; stores it as sample ``place`` of ``OUT [*, queries, heads, D], LSE [*, heads, queries]``."""
+def _store_results(
+    softmax, tile, columns, place, missing, queries, heads, OUT, LSE, PART: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Finishes a softmax; stores it in ``OUT [*, queries, heads, D], LSE [*, heads, queries]``, ``place``: the sample.
+
+    PART: in ``OUT [*, rows, D], LSE [*, rows]``, every row of the tile as number ``place``.
+    """
     acc, total, top = softmax
     within = tl.arange(0, acc.shape[0])
     total = tl.sum(total, 1)
     empty = (total == 0.0) | (tile.first + within < missing)
     out = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
     lse = tl.where(empty, float("-inf"), (top + tl.math.log2(tl.where(empty, 1.0, total))) * LN_2)
-    stored = within < queries - tile.first
+    if PART:
+        stored = within < acc.shape[0]
+        at_lse = place * acc.shape[0]
+        at_out, step = at_lse * D, D
+    else:
+        stored = within < queries - tile.first
+        at_lse = (place * heads + tile.head) * queries + tile.first
+        at_out, step = ((place * queries + tile.first) * heads + tile.head) * D, heads * D
     # First: after the other store, one more register would be held through all sweeps.
-    tl.store(LSE + (place * heads + tile.head) * queries + tile.first + within, lse, mask=stored)
-    at = ((place * queries + tile.first) * heads + tile.head) * D
+    tl.store(LSE + at_lse + within, lse, mask=stored)
     tl.store(
-        OUT + at + (within[:, None] * (heads * D) + columns.at[None, :]), narrow(out, OUT.dtype.element_ty),
+        OUT + at_out + (within[:, None] * step + columns.at[None, :]), narrow(out, OUT.dtype.element_ty),
         mask=stored[:, None] & columns.exist[None, :],
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def forward_kernel(
-    q, sink_q, cached, own, OUT, LSE, frames, rope, mask, scale, queries, keys, heads,
+    q, sink_q, cached, own, OUT, LSE, frames, rope, mask, scale, queries, keys, heads, first,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SHARES: tl.constexpr, STAGES: tl.constexpr, TWO_FRAMES: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_M queries of one head, and one of SHARES shares of the keys they see.
+    """A program owns BLOCK_M queries of one head and sweeps all keys they see.
 
+    SHARES > 1: one of as many shares of those keys, of the tiles from ``first`` on. OUT and LSE then hold parts,
+    ``[tiles, SHARES, BLOCK_M, D]`` and ``[tiles, SHARES, BLOCK_M]``.
     With a mask ``cached`` holds the keys of full sequences; else the first ``min(frames.seen, frames.capacity)`` frames
     of a cache, or, where a chunk's ``own`` keys lie apart, what comes before the chunk. Queries are rotated here, at
     their frame; those for sinks outside the window come rotated, as ``sink_q``.
     """
-    pid = tl.program_id(0)
     share = tl.program_id(1)
     blocks = tl.cdiv(queries, BLOCK_M)
-    head = pid // blocks % heads
-    sample = pid // (blocks * heads)
-    batch = tl.num_programs(0) // (blocks * heads)
-    tile = tile_of(pid % blocks, sample, head, queries, BLOCK_M)
+    index = tl.program_id(0)
+    if SHARES > 1:
+        index += first
+    head = index // blocks % heads
+    sample = index // (blocks * heads)
+    tile = tile_of(index % blocks, sample, head, queries, BLOCK_M)
     chunk = open_chunk(frames, sample, queries, own is not None)
     columns = columns_of(rope, D, BLOCK_D)
     softmax = Softmax(
@@ -177,39 +191,49 @@ def forward_kernel(
         if sink_q is not None and segment == 0:
             tl.debug_barrier()  # or the load moves before the sweeps, where its registers are missing
             tile_q = load_tile(sink_q, tile, columns.k)
-    place = (share * batch + sample).to(tl.int64)
-    _store_results(softmax, tile, columns.v, place, chunk.missing, queries, heads, OUT, LSE, D)
+    # The sample, for share is 0. Written so, ptxas computes it here and does not hold it through the sweeps (which cost
+    # 43 spills on sm_90).
+    place = share * (tl.num_programs(0) // (blocks * heads)) + sample
+    if SHARES > 1:
+        place = tl.program_id(0) * SHARES + share
+    _store_results(
+        softmax, tile, columns.v, place.to(tl.int64), chunk.missing, queries, heads, OUT, LSE, SHARES > 1, D
+    )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def merge_kernel(
-    SHARE_OUT, SHARE_LSE, OUT, LSE, queries, heads,
-    SHARES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    PARTS, PART_LSE, OUT, LSE, queries, heads, first,
+    SHARES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TILE_M: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Joins the SHARES results ``[SHARES, B, N, H, D]`` of disjoint keys by their normalisers ``[SHARES, B, H, N]``."""
-    pid = tl.program_id(0)
-    blocks = tl.cdiv(queries, BLOCK_M)
-    row = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = pid // blocks % heads
-    sample = (pid // (blocks * heads)).to(tl.int64)
-    batch = tl.num_programs(0) // (blocks * heads)
+    """Joins the parts ``[tiles, SHARES, TILE_M, D]`` of disjoint keys by their normalisers ``[tiles, SHARES, TILE_M]``.
+
+    Tile 0 of the parts is tile ``first`` of the queries; a program owns BLOCK_M rows of one.
+    """
+    part = tl.program_id(0) // (TILE_M // BLOCK_M)
+    within = tl.program_id(0) % (TILE_M // BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+    blocks = tl.cdiv(queries, TILE_M)
+    index = first + part
+    row = index % blocks * TILE_M + within
+    head = index // blocks % heads
+    sample = (index // (blocks * heads)).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     stored = row < queries
     exist = stored[:, None] & (columns < D)[None, :]
-    at_lse = SHARE_LSE + (sample * heads + head) * queries + row
-    at_out = SHARE_OUT + (((sample * queries + row) * heads + head) * D)[:, None] + columns[None, :]
-    step = tl.cast(batch, tl.int64) * heads * queries
+    place = part.to(tl.int64) * (SHARES * TILE_M)
+    at_lse = PART_LSE + place + within
+    at_out = PARTS + place * D + (within[:, None] * D + columns[None, :])
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for share in tl.static_range(SHARES):
-        top = tl.maximum(top, tl.load(at_lse + share * step, mask=stored, other=0.0))
+        top = tl.maximum(top, tl.load(at_lse + share * TILE_M, mask=stored, other=0.0))
     empty = top == float("-inf")
     top = tl.where(empty, 0.0, top)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for share in tl.static_range(SHARES):
-        weight = tl.math.exp2((tl.load(at_lse + share * step, mask=stored, other=0.0) - top) * LOG2_E)
+        weight = tl.math.exp2((tl.load(at_lse + share * TILE_M, mask=stored, other=0.0) - top) * LOG2_E)
         total += weight
-        acc += weight[:, None] * tl.load(at_out + share * step * D, mask=exist, other=0.0)
+        acc += weight[:, None] * tl.load(at_out + share * (TILE_M * D), mask=exist, other=0.0)
     total = tl.where(empty, 1.0, total)
     lse = tl.where(empty, float("-inf"), top + tl.math.log2(total) * LN_2)
     out = ((sample * queries + row) * heads + head) * D

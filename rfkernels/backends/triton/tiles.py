@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ..plan import key_shares
+from ..plan import TilePlan, plan_tiles
 from . import version_numbers
 from .launch import padded
 
@@ -54,7 +54,7 @@ def processors(device: torch.device) -> int:
 def forward_tile(
     arch: int | None, head_dim: int, dtype: torch.dtype, use: str, *, rope: bool, shared: bool
 ) -> TileSize:
-    """For the forward kernel, by head size and use ("prefix", "chunk" or "window"); shared: by `splits` > 1."""
+    """For the forward kernel, by head size and use ("prefix", "chunk", "window"); shared: by several programs a tile."""
     block_d = padded(head_dim)
     if arch is None:
         return TileSize(32, 16, 4, 1)  # interpreted: small, so that small shapes straddle tiles
@@ -86,7 +86,7 @@ def _keys_for_128_columns(arch: int, head_dim: int, dtype: torch.dtype, use: str
     exceptions = (
         (window and arch == 80 and shared, 32),  # row bounds, of a share
         (window and (rope or shared or arch >= 100), 64),  # row bounds
-        (arch == 80 and shared, 64),  # the bounds of a share
+        ((arch == 80 or (arch == 90 and chunk)) and shared, 64),  # the bounds of a share
         (chunk and arch == 120, 64),  # two segments of keys
         (chunk and arch < 100 and head_dim < 128, 64),  # two segments beside the mask of padded columns
         ((use, arch, dtype) == ("prefix", 80, torch.float16), 64),  # seen: 8 bytes of stack, none in bfloat16
@@ -124,8 +124,8 @@ def backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str,
     return TileSize(16 if few else 32, 32, 8, 1)
 
 
-def splits(programs: int, keys: int, tile: TileSize, processors: int) -> int:
-    """How many programs share the keys of one query tile: `plan.key_shares`, of one program a processor."""
+def plan(row_tiles: int, keys: int, tile: TileSize, processors: int) -> TilePlan:
+    """Which tiles of queries have programs that share their keys: `plan_tiles`, of one program a processor."""
     if triton.knobs.runtime.interpret:  # its tiles are small, so that small shapes are shared too
-        return key_shares(programs, keys * 128 // tile.keys, 128, processors, 1)
-    return key_shares(programs, keys, tile.keys, processors, 1)
+        return plan_tiles(row_tiles, keys * 128 // tile.keys, 128, processors, 1)
+    return plan_tiles(row_tiles, keys, tile.keys, processors, 1)
