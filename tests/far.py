@@ -60,7 +60,8 @@ def run_life(backend: str, device: torch.device, dtype: torch.dtype, dim: int, h
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return rf.sink_window_attention(q, k, v, sink_tokens=2, window_tokens=5, return_lse=True)
+    window = 5 if k.shape[1] < 140 else 140  # so that one tile of queries sees two of 128 keys
+    return rf.sink_window_attention(q, k, v, sink_tokens=2, window_tokens=window, return_lse=True)
 
 
 def run_attention(backend: str, device: torch.device, dtype: torch.dtype, size, dim: int, stride: int, head_dim: int):

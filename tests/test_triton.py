@@ -21,7 +21,10 @@ pytest.importorskip("triton")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/triton_backend run as they are")
 @pytest.mark.parametrize(
     "module",
-    [*(f"triton_backend/test_{name}.py" for name in ("cache", "phases", "gradients", "addresses")), "test_ops.py"],
+    [
+        *(f"triton_backend/test_{name}.py" for name in ("cache", "phases", "gradients", "addresses", "edges")),
+        "test_ops.py",
+    ],
 )
 def test_in_the_interpreter(module):
     """Triton decides at import whether it interprets; this process must not, or every test would run interpreted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import edges
 import grid
 import pytest
 import torch
@@ -109,6 +110,21 @@ def test_whole_tiles_and_a_tail_on_the_emulator(use, arch):
         grid.run_tail("triton", CPU, torch.bfloat16, use, 9)
     forward = [name for name in launched if name in ("forward_kernel", "merge_kernel")]
     assert forward == ["forward_kernel", "forward_kernel", "merge_kernel"]
+
+
+@pytest.mark.parametrize("arch", [80, 90], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("slope", [edges.SLOPE, -edges.SLOPE], ids=["rising", "falling"])
+@pytest.mark.parametrize("use", ["window", "pass", "chunk"])
+def test_edges_of_tiles_on_the_emulator(use, slope, arch):
+    """The interpreter has every length; here each use has a few with the tiles that are compiled."""
+    from emulated import on_emulator
+
+    with on_emulator(arch):
+        for case in edges.WINDOWS[::4] if use == "window" else edges.STREAMS[::3]:
+            if use == "window":
+                edges.run_window("triton", CPU, torch.bfloat16, case, slope)
+            else:
+                edges.run_stream("triton", CPU, torch.bfloat16, case, slope, use == "chunk")
 
 
 @pytest.mark.parametrize("lost", ["barrier", "wait"])

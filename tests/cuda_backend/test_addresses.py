@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import far
 import pytest
 import torch
@@ -14,9 +16,11 @@ def test_a_stream(device, dim):
     far.run_life("cuda", device, BF16, dim, HEAD_DIM)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("size, dim, stride", far.SIZES)
-def test_attention_and_its_gradients(device, size, dim, stride):
-    far.run_attention("cuda", device, BF16, size, dim, stride, HEAD_DIM)
+def test_attention_and_its_gradients(device, emulated, size, dim, stride, capability):
+    with contextlib.nullcontext() if emulated is None else emulated.capability(capability):  # a GPU has its own
+        far.run_attention("cuda", device, BF16, size, dim, stride, HEAD_DIM)
 
 
 @pytest.mark.parametrize("size, dim, stride", far.SIZES)

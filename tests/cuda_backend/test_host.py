@@ -133,16 +133,14 @@ def test_only_results_are_allocated(device, emulated, name):
         assert calls and all(call in allowed for call in calls), calls
 
 
-def test_split_keys_allocate_a_result_for_each_split(device, emulated):
+def test_a_tail_allocates_a_tile_for_each_share(device, emulated):
     if emulated is None:
         pytest.skip("seen through the emulated runtime")
     q = torch.empty(1, 100, 1, HEAD_DIM, dtype=BF16)
     k = torch.empty(1, 600, 1, HEAD_DIM, dtype=BF16)
     window = dict(sink_tokens=0, window_tokens=600, chunk_tokens=600)
     recorded = events(emulated, lambda: rf.sink_window_attention(q, k, k, **window), processors=108)
-    assert allocations(recorded, "attention_forward") == [
-        [(1, 100, 1, 64), (1, 1, 100), (4, 1, 100, 1, 64), (4, 1, 1, 100)]
-    ]
+    assert allocations(recorded, "attention_forward") == [[(1, 100, 1, 64), (1, 1, 100), (1, 4, 128), (1, 4, 128, 64)]]
 
 
 def test_only_runtime_h_leads_to_cuda(emulated):

@@ -54,7 +54,7 @@ def processors(device: torch.device) -> int:
 def forward_tile(
     arch: int | None, head_dim: int, dtype: torch.dtype, use: str, *, rope: bool, shared: bool
 ) -> TileSize:
-    """For the forward kernel, by head size and use ("prefix", "chunk", "window"); shared: by several programs a tile."""
+    """For the forward kernel, by head size and use ("prefix", "chunk", "window"); shared: by programs of a tile."""
     block_d = padded(head_dim)
     if arch is None:
         return TileSize(32, 16, 4, 1)  # interpreted: small, so that small shapes straddle tiles

@@ -1,0 +1,38 @@
+"""Lengths at the edges of tiles under the CUDA backend, with the normaliser held to float32's error."""
+
+from __future__ import annotations
+
+import contextlib
+
+import edges
+import pytest
+import torch
+
+each_kernel = pytest.mark.parametrize("hopper", [False, True], ids=["sm_80", "sm_90a"])
+each_slope = pytest.mark.parametrize("slope", [edges.SLOPE, -edges.SLOPE], ids=["rising", "falling"])
+
+
+def kernels(emulated, hopper: bool):
+    """Those of Hopper, or the others; on a GPU there is no choice."""
+    if emulated is not None:
+        return emulated.capability(90 if hopper else 80)
+    if hopper:
+        pytest.skip("here the GPU decides")
+    return contextlib.nullcontext()
+
+
+@each_kernel
+@each_slope
+@pytest.mark.parametrize("case", edges.WINDOWS, ids=str)
+def test_windows(device, emulated, case, slope, hopper):
+    with kernels(emulated, hopper):
+        edges.run_window("cuda", device, torch.bfloat16, case, slope)
+
+
+@each_kernel
+@each_slope
+@pytest.mark.parametrize("chunk", [False, True], ids=["pass", "chunk"])
+@pytest.mark.parametrize("case", edges.STREAMS, ids=str)
+def test_streams(device, emulated, case, chunk, slope, hopper):
+    with kernels(emulated, hopper):
+        edges.run_stream("cuda", device, torch.bfloat16, case, slope, chunk)

@@ -1,0 +1,86 @@
+"""Lengths at the edges of tiles, for every backend: a key too few or too many is seen in the normaliser.
+
+Scores change by a third from key to key, so the first or the last key weighs as much as all that follow or precede it,
+and the normaliser is held to float32's own error against float64 on the inputs as they were rounded. No rope: with one
+queries and keys are rounded once more after they are turned.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import budget
+import oracle
+import torch
+
+import rfkernels as rf
+
+HEAD_DIM, SLOPE = 64, 1 / 3
+AROUND = (-1, 0, 1)
+
+# Queries, keys, sinks, window, tokens of a chunk; all at offsets from multiples of 64 and 128.
+WINDOWS = [
+    *((128 + rows, 256 + keys, 0, None, 1024) for rows, keys in itertools.product(AROUND, AROUND)),  # all see all
+    *((64, 768 + keys, 0, None, 1024) for keys in AROUND),  # shared keys
+    *(
+        (192 + keys, 256 + keys, 64 + sinks, 64, 1) for keys, sinks in itertools.product(AROUND, (-1, 1))
+    ),  # two segments
+    *((128, 256, 64 + sinks, 64 - sinks, 32) for sinks in AROUND),
+]
+# Tokens of a frame and frames before the open one.
+STREAMS = [*((128 + tokens, 1) for tokens in AROUND), *((64 + tokens, 2) for tokens in AROUND), (65, 11), (63, 11)]
+
+
+def rising(queries: int, keys: int, slope: float, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    """q, k, v of one head, with scores that change by about ``slope`` from key to key."""
+    q = 1 + 0.1 * torch.randn(1, queries, 1, HEAD_DIM)
+    k = 0.3 * torch.randn(1, keys, 1, HEAD_DIM) + (slope * HEAD_DIM**-0.5 * torch.arange(keys))[None, :, None, None]
+    return [x.to(device, dtype) for x in (q, k, torch.randn(1, keys, 1, HEAD_DIM))]
+
+
+def compare(what: str, got, narrow, single, exact, dtype: torch.dtype) -> None:
+    """Pairs of output and normaliser: the backend's, the reference's in its dtype, in float32 and in float64."""
+    oracle.check("out", got[0], narrow[0], exact[0], dtype)
+    budget.check(got[1], exact[1], single[1], f"{what}: normaliser", least=1.0, dtype=torch.float32)
+
+
+def run_window(backend: str, device: torch.device, dtype: torch.dtype, case: tuple, slope: float) -> None:
+    queries, keys, sinks, window, chunk = case
+    qkv, results = rising(queries, keys, slope, dtype, device), []
+    for name, run_dtype in ((backend, dtype), *(("reference", d) for d in (dtype, torch.float32, torch.float64))):
+        with rf.use_backend(name):
+            results.append(
+                rf.sink_window_attention(
+                    *(x.to(run_dtype) for x in qkv), sink_tokens=sinks, window_tokens=window, chunk_tokens=chunk,
+                    return_lse=True,
+                )
+            )  # fmt: skip
+    compare(str(case), *results, dtype)
+
+
+def run_stream(
+    backend: str, device: torch.device, dtype: torch.dtype, case: tuple[int, int], slope: float, chunk: bool
+) -> None:
+    """The open frame after others: a pass, which sees the cache, or with ``chunk`` past and own keys apart."""
+    tokens, past = case
+    q, k, v = rising(tokens, (past + 1) * tokens, slope, dtype, device)
+    results = []
+    for name, run_dtype in ((backend, dtype), *(("reference", d) for d in (dtype, torch.float32, torch.float64))):
+        cache = rf.EMASinkCache(
+            num_layers=1, batch_size=1, num_kv_heads=1, head_dim=HEAD_DIM, frame_tokens=tokens, sink_frames=1,
+            window_frames=past + 1, rope=None, dtype=run_dtype, device=device,
+        )  # fmt: skip
+        frames = [
+            (a.to(run_dtype), b.to(run_dtype)) for a, b in zip(k.split(tokens, 1), v.split(tokens, 1), strict=True)
+        ]
+        with rf.use_backend(name):
+            for frame in frames[:-1]:
+                cache.begin_chunk(1)
+                cache[0].write(*frame)
+            cache.begin_chunk(1)
+            if chunk:
+                given = rf.chunk_attention(q.to(run_dtype), *frames[-1], cache[0].context(), return_lse=True)
+            else:
+                given = rf.streaming_attention(q.to(run_dtype), *frames[-1], cache[0], return_lse=True)
+            results.append(given)
+    compare(str(case), *results, dtype)

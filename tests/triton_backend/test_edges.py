@@ -1,0 +1,22 @@
+"""Lengths at tiles' edges under the Triton backend, with the normaliser held to float32's error: each third case."""
+
+from __future__ import annotations
+
+import edges
+import pytest
+import torch
+
+each_slope = pytest.mark.parametrize("slope", [edges.SLOPE, -edges.SLOPE], ids=["rising", "falling"])
+
+
+@each_slope
+@pytest.mark.parametrize("case", edges.WINDOWS[::3], ids=str)
+def test_windows(device, case, slope):
+    edges.run_window("triton", device, torch.float16, case, slope)
+
+
+@each_slope
+@pytest.mark.parametrize("chunk", [False, True], ids=["pass", "chunk"])
+@pytest.mark.parametrize("case", edges.STREAMS[::3], ids=str)
+def test_streams(device, case, chunk, slope):
+    edges.run_stream("triton", device, torch.float16, case, slope, chunk)
