@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch._inductor.utils
+from patched import exact_backends, own_backends
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -166,7 +167,7 @@ def count_compilations(inductor=False):
     torch._dynamo.reset()
 
 
-COMPILED = [("reference", False)] + [(name, True) for name in rf.available_backends() if name != "reference"]
+COMPILED = [("reference", False)] + [(name, True) for name in exact_backends() if name != "reference"]
 
 
 @pytest.mark.parametrize("name, inductor", COMPILED, ids=str)
@@ -291,7 +292,7 @@ def device_path(monkeypatch):
     monkeypatch.setattr(native, "serves", lambda x: False)
 
 
-@pytest.mark.parametrize("name", [n for n in rf.available_backends() if n != "sdpa"] + ["sdpa"])
+@pytest.mark.parametrize("name", [n for n in own_backends() if n != "sdpa"] + ["sdpa"])
 def test_no_host_read_below_the_op_boundary(name, device_path, device):
     cache = make(device)
     with NoHostRead():
@@ -302,7 +303,7 @@ def test_no_host_read_below_the_op_boundary(name, device_path, device):
     torch.version.cuda is None or native.torch_version() < FAKE_CUDA_TORCH,
     reason="fake CUDA tensors without a driver need a torch >= {}.{} built with CUDA".format(*FAKE_CUDA_TORCH),
 )
-@pytest.mark.parametrize("name", [n for n in rf.available_backends() if n != "triton"])  # which launches on addresses
+@pytest.mark.parametrize("name", [n for n in own_backends() if n != "triton"])  # which launches on addresses
 def test_no_host_read_on_fake_cuda_tensors(name):
     """Fake tensors have no values: any read, also one that a dispatch mode on the CPU would miss, raises."""
     with FakeTensorMode(allow_non_fake_inputs=False):
@@ -312,7 +313,7 @@ def test_no_host_read_on_fake_cuda_tensors(name):
         run_backend_functions(backends.module(name), cache, backward=name != "reference")
 
 
-@pytest.mark.parametrize("name", [n for n in rf.available_backends() if n != "reference"])
+@pytest.mark.parametrize("name", [n for n in own_backends() if n != "reference"])
 def test_a_planted_host_read_is_caught(name, device_path, device, monkeypatch):
     cache, module = make(device), backends.module(name)
     honest = module.write

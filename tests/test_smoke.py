@@ -20,7 +20,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["reference", "sdpa", "triton", "cuda"])
+@pytest.fixture(params=["reference", "sdpa", "library", "triton", "cuda"])
 def backend(request, device):
     name = request.param
     reason = backends.module(name).unavailable(device)
