@@ -5,6 +5,7 @@ On a GPU the grid of every backend (`backend` in conftest.py, `test_smoke.py`) r
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from unittest import mock
@@ -13,10 +14,13 @@ import grid
 import oracle
 import pytest
 import torch
+from test_ops import FAKE_CUDA_TORCH, NoHostRead
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rfkernels as rf
-from rfkernels import backends
+from rfkernels import backends, native
 from rfkernels.backends import library
+from rfkernels.backends.sdpa import dense
 from rfkernels.contract.requests import StreamingAttention
 
 STANDINS = Path(__file__).parent / "standins"
@@ -131,6 +135,43 @@ def test_a_recorded_graph_serves_every_age(standins, monkeypatch):
     with mock.patch.object(library, "_recording", lambda: True):
         module.streaming_attention(request)
     assert given[0] is None and given[1].tolist() == [18, 18]
+
+
+def test_no_host_read(standins, monkeypatch):
+    """On a device, with lengths that it alone knows, and where the host knows that all windows are full."""
+    kernel = BY_NAME["flash_attn_3"]
+    monkeypatch.setattr(kernel, "attend", lambda q, k, v, lengths, scale, lse: (q.clone(), q[..., 0].mT.float()))
+    monkeypatch.setattr(dense, "on_cpu", lambda x: False)
+    monkeypatch.setattr(native, "serves", lambda x: False)
+    cache = made()
+    q, k, v = tensors(cache)
+    for full in (False, True):
+        request = StreamingAttention(q, cache[0]._write_request(k, v), 0.3, full, True)
+        with NoHostRead():
+            backends.module("library:flash_attn_3").streaming_attention(request)
+
+
+@pytest.mark.skipif(
+    torch.version.cuda is None or native.torch_version() < FAKE_CUDA_TORCH,
+    reason="fake CUDA tensors without a driver need a torch >= {}.{} built with CUDA".format(*FAKE_CUDA_TORCH),
+)
+def test_torchs_varlen_attention_takes_what_it_is_given(monkeypatch):
+    """The real one, with its own check of shapes, on fake tensors; grouped heads and streams of several ages, too."""
+    required("torch_varlen")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())  # which asks a driver
+    module = backends.module("library:torch_varlen")
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        cache = rf.EMASinkCache(
+            num_layers=2, batch_size=3, num_kv_heads=2, head_dim=64, frame_tokens=6, sink_frames=1, window_frames=2,
+            rope=rf.Rope3D(64, 2, 3), device="cuda",
+        )  # fmt: skip
+        cache.open_frames = 2
+        q, k, v = (torch.randn(3, 12, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2))
+        for full, return_lse in ((False, True), (True, False)):
+            request = StreamingAttention(q, cache[1]._write_request(k, v), 0.3, full, return_lse)
+            out, lse = module.streaming_attention(request)
+            assert out.shape == q.shape and out.is_contiguous() and out.dtype == torch.bfloat16
+            assert lse.shape == ((3, 4, 12) if return_lse else (0,)) and lse.is_contiguous()
 
 
 def made(frames=4, dtype=torch.bfloat16, head_dim=32, **options):
