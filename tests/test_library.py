@@ -116,6 +116,20 @@ def test_a_full_window(standins, monkeypatch, name, scale):
     assert standins == ([name] * 2 if name in PACKAGES else [])
 
 
+@pytest.mark.parametrize("name", (*PACKAGES, "torch_sdpa"))
+def test_streams_younger_than_the_chunk(standins, name):
+    """With no frame, with one of two, with both: rows of frames that are not there are zeros and -inf."""
+    streams = oracle.Streams(
+        required(name), torch.device("cpu"), torch.bfloat16, rf.Rope3D(32, 2, 3), num_layers=1, batch_size=3,
+        num_kv_heads=2, frame_tokens=6, sink_frames=1, window_frames=2, alpha=0.5,
+    )  # fmt: skip
+    streams.begin(1, samples=[1])
+    streams.write()
+    streams.begin(2, samples=[2])
+    streams.poison()
+    streams.run_pass(group=2)
+
+
 def test_a_recorded_graph_serves_every_age(standins, monkeypatch):
     """While a graph is recorded lengths are on the device also where the host knows them."""
     given = []

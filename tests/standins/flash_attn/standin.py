@@ -30,8 +30,9 @@ def attend(q, k, v, lengths, scale):
     outs, lses = [], []
     for b in range(len(q)):
         n = k.shape[1] if lengths is None else lengths[b]
+        assert 0 <= n <= k.shape[1]
         keys, values = (x[b, :n].double().repeat_interleave(q.shape[2] // k.shape[2], 1) for x in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q[b].double(), keys) * scale
         outs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
-        lses.append(scores.logsumexp(-1))
+        lses.append(scores.logsumexp(-1) if n else scores.new_full(scores.shape[:2], torch.inf))  # as FlashAttention-2
     return torch.stack(outs).to(q.dtype), torch.stack(lses).float()
