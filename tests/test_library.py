@@ -42,8 +42,11 @@ def forget(kernel):
 @pytest.fixture
 def standins(monkeypatch):
     """The packages can be imported; adapters say that they run here. The calls, in order."""
-    monkeypatch.syspath_prepend(str(STANDINS))
     monkeypatch.setattr(backends, "_choices", {})
+    for name in list(sys.modules):  # where the real ones are installed
+        if name.partition(".")[0] in ("flash_attn", "flash_attn_interface", "sageattention"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(STANDINS))
     before = set(sys.modules)
     kernels = [BY_NAME[name] for name in PACKAGES]
     for kernel in kernels:
@@ -128,6 +131,21 @@ def test_streams_younger_than_the_chunk(standins, name):
     streams.begin(2, samples=[2])
     streams.poison()
     streams.run_pass(group=2)
+
+
+@pytest.mark.parametrize("name", PACKAGES[:4])
+def test_queries_whose_rows_are_not_aligned(standins, name):
+    """Kernels load 16 bytes at a time. Without a rope nothing else would have made them anew."""
+    backend, results = required(name), []
+    q, k, v = torch.randn(3, 1, 12, 2, 33).to(torch.bfloat16)[..., 1:].unbind(0)
+    for used in (backend, "reference"):
+        cache = rf.EMASinkCache(
+            num_layers=1, batch_size=1, num_kv_heads=2, head_dim=32, frame_tokens=6, sink_frames=1, window_frames=2,
+            device="cpu",
+        )  # fmt: skip
+        cache.begin_chunk(2)
+        results.append(rf.streaming_attention(q, k, v, cache[0], backend=used))
+    torch.testing.assert_close(*results)
 
 
 def test_a_recorded_graph_serves_every_age(standins, monkeypatch):
@@ -254,17 +272,20 @@ def test_what_a_kernel_does_not_serve(standins, name, dtype, head_dim, message):
     assert torch.equal(cache.k, before)
 
 
-def test_names():
+def test_names(monkeypatch):
+    for name in ("flash_attn_3", "flash_attn_4"):
+        monkeypatch.setattr(BY_NAME[name], "unavailable", lambda device: "it is not installed (pip install it)")
     with (
         pytest.raises(ValueError, match=r"library:flash_attn_3.* got 'library:flash'"),
         rf.use_backend("library:flash"),
     ):
         pass
-    with pytest.raises(ValueError, match="'library:flash_attn_3' is not available: flash-attn 3 is not installed"):
+    with pytest.raises(ValueError, match="'library:flash_attn_3' is not available: it is not installed"):
         rf.use_backend("library:flash_attn_3").__enter__()
     rows = rf.explain_backends("cpu")
     assert "streaming passes as by library:torch_sdpa" in rows["library"]
-    assert rows["library:flash_attn_4"].endswith("(pip install flash-attn-4)")
+    assert rows["library:flash_attn_4"] == "not available: it is not installed (pip install it)"
+    assert rows["library:torch_sdpa"].startswith("available: streaming passes by torch's")
 
 
 def test_reasons_why_a_package_is_not_taken(standins, monkeypatch):
@@ -282,9 +303,25 @@ def test_reasons_why_a_package_is_not_taken(standins, monkeypatch):
     broken = type(BY_NAME["flash_attn_3"])()
     monkeypatch.delattr(sys.modules["flash_attn_interface"], "flash_attn_with_kvcache")
     assert "flash_attn_3 is installed, but fails: ImportError" in broken.unavailable(device)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(STANDINS)])
+    monkeypatch.setattr(sys, "path", [])
     monkeypatch.delitem(sys.modules, "flash_attn_interface")
     assert "not installed" in kernel.unavailable(device)
+
+
+def test_which_flash_attn_is_installed(tmp_path, monkeypatch):
+    """2 and 4 share a package: alone, in one folder, in two."""
+    found = []
+    for number, files in enumerate((["cute/interface.py"], ["__init__.py", "flash_attn_interface.py"])):
+        for file in files:
+            path = tmp_path / str(number) / "flash_attn" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    for numbers in ((), (0,), (1,), (0, 1), (1, 0)):
+        with monkeypatch.context() as patch:
+            patch.delitem(sys.modules, "flash_attn", raising=False)
+            patch.setattr(sys, "path", [str(tmp_path / str(number)) for number in numbers])
+            found.append([BY_NAME[name].not_found() is None for name in ("flash_attn_2", "flash_attn_4")])
+    assert found == [[False, False], [False, True], [True, False], [True, True], [True, True]]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 
 from ...contract.requests import RopeTables, Rotate, StreamingAttention, accumulate_dtype, open_frames
 from .. import reference
-from ..layout import unit_rows
+from ..layout import aligned_rows, unit_rows
 from .flash_attn import FlashAttention2, FlashAttention3, FlashAttention4
 from .kernel import Kernel
 from .sage import SageAttention
@@ -46,7 +46,7 @@ def _rotated(
 ) -> torch.Tensor:
     """Queries of the newest frames of each stream as its keys meet them, by the backend's kernel, in dtype."""
     if rope is None:
-        return unit_rows(reference.store(q, dtype))
+        return aligned_rows(reference.store(q, dtype))
     if backend == "triton":
         from ..triton.rotation import rotate
 

@@ -55,7 +55,10 @@ class FlashAttention3(FlashAttention2):
 
 
 class FlashAttention4(Kernel):
-    """Compiled at the first call of a shape's kind, by the CuTe DSL: seconds."""
+    """Compiled at its first call, by the CuTe DSL: seconds.
+
+    Always with lengths, so that a call before a CUDA graph is recorded compiles what the graph runs.
+    """
 
     name = "flash_attn_4"
     about = "FlashAttention-4"
@@ -79,5 +82,7 @@ class FlashAttention4(Kernel):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
+        if lengths is None:
+            lengths = torch.full((len(k),), k.shape[1], dtype=torch.int32, device=k.device)
         out, lse = self.function(q, k, v, seqused_k=lengths, softmax_scale=scale, causal=False, return_lse=return_lse)
         return out, lse if return_lse else None

@@ -63,8 +63,8 @@ class Kernel(abc.ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """q ``[B, N_q, H_q, D]`` over the first ``lengths`` of k, v ``[B, N_k, H_kv, D]``, all of one dtype.
 
-        lengths: int32 ``[B]`` on their device, None for all; never given where `takes_lengths` says no. k, v: strided
-        as the cache is, head by head in memory. scale > 0.
+        lengths: int32 ``[B]`` on their device, None for all; never given where `takes_lengths` says no. q: rows that
+        begin at multiples of 16 bytes. k, v: strided as the cache is, head by head in memory. scale > 0.
 
         Returns:
             out like q, and the natural-log normaliser float32 ``[B, H_q, N_q]`` where it was asked for.
@@ -92,7 +92,7 @@ class Kernel(abc.ABC):
         if (reason := self.not_found()) is not None:
             return reason
         if device.type != "cuda" or not torch.version.cuda:
-            return f"{self.about} is for NVIDIA GPUs, not {device.type}"
+            return f"{self.about} is for NVIDIA GPUs, not {'ROCm' if torch.version.hip else device.type}"
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
         if (major := torch.cuda.get_device_capability(device)[0]) not in self.generations:

@@ -15,9 +15,8 @@ def flash_attn_varlen_func(
     standin.CALLS.append("flash_attn_4")
     assert cu_seqlens_q is None and cu_seqlens_k is None and seqused_q is None and not causal
     standin.check_inputs(q, k, v, largest=256)
-    if seqused_k is not None:
-        standin.check_lengths(seqused_k, len(q), q.device)
-    lengths = None if seqused_k is None else seqused_k.tolist()
+    standin.check_lengths(seqused_k, len(q), q.device)  # a call without compiles another kernel
+    lengths = seqused_k.tolist()
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     out, lse = standin.attend(q, k, v, lengths, scale)
     return out, lse if return_lse else None
