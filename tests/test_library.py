@@ -239,6 +239,20 @@ def test_passes_go_to_the_library_and_all_else_to_our_kernels():
     assert "library" not in {chosen("auto", operation) for operation in backends.OPERATIONS}
 
 
+def test_a_measurement_can_make_a_kernel_a_row_of_auto(standins, monkeypatch):
+    """By its own name; where it does not serve the next row does."""
+    rows = (backends.Row("library:flash_attn_3"), *backends._ANY)
+    monkeypatch.setitem(backends._AUTO["cpu"], "streaming_attention", rows)
+    assert chosen(None) == "library:flash_attn_3" and chosen(None, dtype=torch.float32) == "sdpa"
+    streams = oracle.Streams(
+        "auto", torch.device("cpu"), torch.bfloat16, None, num_layers=1, batch_size=1, num_kv_heads=1, head_dim=32,
+        frame_tokens=4, sink_frames=1, window_frames=2,
+    )  # fmt: skip
+    streams.begin(2)
+    streams.run_pass()
+    assert standins[-1:] == ["flash_attn_3"]
+
+
 def test_gradients_by_our_kernels(standins):
     """A pass that wants them is chunk attention on the frozen past; its write is ours, too."""
     cache, other = made(), made()
@@ -300,8 +314,12 @@ def test_reasons_why_a_package_is_not_taken(standins, monkeypatch):
     assert "is for compute capability 9.x, not 12.x" in kernel.unavailable(device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert kernel.unavailable(device) is None
+    flash_attn_interface = sys.modules["flash_attn_interface"]
+    with monkeypatch.context() as patch:
+        patch.setattr(flash_attn_interface, "flash_attn_with_kvcache", lambda q, k_cache, v_cache, cache_seqlens: None)
+        assert "takes no return_softmax_lse: another version" in type(BY_NAME["flash_attn_3"])().unavailable(device)
     broken = type(BY_NAME["flash_attn_3"])()
-    monkeypatch.delattr(sys.modules["flash_attn_interface"], "flash_attn_with_kvcache")
+    monkeypatch.delattr(flash_attn_interface, "flash_attn_with_kvcache")
     assert "flash_attn_3 is installed, but fails: ImportError" in broken.unavailable(device)
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.delitem(sys.modules, "flash_attn_interface")

@@ -75,6 +75,8 @@ def _orders(forward: tuple[Row, ...], backward: tuple[Row, ...], cache: tuple[Ro
 # The first that serves wins: by kind of device and family of architecture (`family`), then by operation. On the CPU the
 # order is measured (benchmarks/README.md); elsewhere it follows from what the kernels are made of: for 9.x ours have
 # wgmma forward (if built for 9.0a) and Triton's have it both ways; for 10.x only Triton's use its tensor cores fully.
+# A library's kernel that knows lengths becomes a row of streaming_attention, by its own name, when a committed
+# measurement says that it should: none does.
 _AUTO: dict[str, dict[str, tuple[Row, ...]]] = {
     "cpu": _orders(_ANY, _ANY, _ANY),
     "cuda 8.x": _orders(_COMPILED_FIRST, _COMPILED_FIRST, _COMPILED_FIRST),

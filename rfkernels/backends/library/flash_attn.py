@@ -1,7 +1,7 @@
 """FlashAttention 2, 3 and 4 (Dao-AILab/flash-attention), by the signatures of its release 2.8.4 and August 2026.
 
-All read keys of any strides with a last one of 1, int32 lengths on the device, and return the natural-log normaliser
-``[B, H_q, N_q]``; their forward passes are deterministic.
+All read keys of any strides with a last one of 1 and int32 lengths on the device, and return the natural-log normaliser
+``[B, H_q, N_q]``. 2 and 3 document that a forward pass is deterministic.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .kernel import Kernel, Tensor, installed
+from .kernel import Kernel, Tensor, installed, taking
 
 
 class FlashAttention2(Kernel):
@@ -27,7 +27,7 @@ class FlashAttention2(Kernel):
     def load(self) -> Callable[..., Any]:
         from flash_attn import flash_attn_with_kvcache
 
-        return flash_attn_with_kvcache
+        return taking(flash_attn_with_kvcache, "cache_seqlens", "return_softmax_lse")
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, scale: float, return_lse: bool
@@ -51,7 +51,7 @@ class FlashAttention3(FlashAttention2):
     def load(self) -> Callable[..., Any]:
         from flash_attn_interface import flash_attn_with_kvcache
 
-        return flash_attn_with_kvcache
+        return taking(flash_attn_with_kvcache, "cache_seqlens", "return_softmax_lse")
 
 
 class FlashAttention4(Kernel):
@@ -72,7 +72,7 @@ class FlashAttention4(Kernel):
     def load(self) -> Callable[..., Any]:
         from flash_attn.cute import flash_attn_varlen_func
 
-        return flash_attn_varlen_func
+        return taking(flash_attn_varlen_func, "seqused_k", "return_lse")
 
     def head_dims_on(self, device: torch.device) -> range:
         """Its kernel for head_dim 256 on 10.x takes no lengths."""

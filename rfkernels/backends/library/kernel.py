@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,18 @@ def installed(package: str, part: str | None = None) -> bool:
     return any((Path(folder) / part).exists() for folder in folders)
 
 
+def taking(function: Callable[..., Any], *parameters: str) -> Callable[..., Any]:
+    """The function of a package, if its version has the parameters.
+
+    Raises:
+        TypeError: it has not.
+    """
+    lacks = [name for name in parameters if name not in inspect.signature(function).parameters]
+    if lacks:
+        raise TypeError(f"{function.__name__} takes no {' and no '.join(lacks)}: another version is needed")
+    return function
+
+
 class Kernel(abc.ABC):
     """A dense attention kernel that attends to a prefix of each stream's keys.
 
@@ -55,7 +68,7 @@ class Kernel(abc.ABC):
 
     @abc.abstractmethod
     def load(self) -> Callable[..., Any]:
-        """The package's function."""
+        """The package's function; raises where it is not the one that is meant."""
 
     @abc.abstractmethod
     def attend(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .kernel import Kernel, Tensor, installed
+from .kernel import Kernel, Tensor, installed, taking
 
 
 class SageAttention(Kernel):
@@ -22,12 +22,12 @@ class SageAttention(Kernel):
 
     def not_found(self) -> str | None:
         found = installed("sageattention")
-        return None if found else "SageAttention is not installed (pip install sageattention)"
+        return None if found else "SageAttention is not installed (pip install sageattention==2.2.0)"
 
     def load(self) -> Callable[..., Any]:
         from sageattention import sageattn
 
-        return sageattn
+        return taking(sageattn, "sm_scale", "return_lse")  # not version 1
 
     def takes_lengths(self, device: torch.device) -> bool:
         return False
