@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rfkernels as rf
 from rfkernels import backends, native
-from rfkernels.backends import library
+from rfkernels.backends import library, reference
 from rfkernels.backends.sdpa import dense
 from rfkernels.contract.requests import StreamingAttention
 
@@ -146,6 +146,23 @@ def test_queries_whose_rows_are_not_aligned(standins, name):
         cache.begin_chunk(2)
         results.append(rf.streaming_attention(q, k, v, cache[0], backend=used))
     torch.testing.assert_close(*results)
+
+
+def test_queries_are_rotated_by_the_backend_that_writes(monkeypatch):
+    """The CUDA kernels' request for it, answered by the reference. Triton's: triton_backend/test_cache.py."""
+    asked = []
+
+    def rotate(request):
+        asked.append(request)
+        x, frames, first, rope, inverse, dtype = request
+        return reference.rotate(x, frames, rope, first_token=first, inverse=inverse, dtype=dtype)
+
+    monkeypatch.setattr("rfkernels.backends.cuda.compiled.rotate", rotate)
+    cache = made(5)
+    q, frames = torch.randn(2, 12, 4, 32, dtype=torch.float64), cache.num_frames[:, None] + torch.tensor([-2, -1])
+    got = library._rotated("cuda", q, cache.num_frames, 2, cache._rope_tables, torch.bfloat16)
+    assert torch.equal(got, reference.rotate(q.float(), frames, cache._rope_tables, dtype=torch.bfloat16))
+    assert len(asked) == 1 and asked[0].x.dtype == torch.float32
 
 
 def test_a_recorded_graph_serves_every_age(standins, monkeypatch):
