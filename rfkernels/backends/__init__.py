@@ -127,7 +127,7 @@ def choose(
 ) -> Choice:
     """The backend for one call: ``backend``, else the one of the innermost `use_backend`, else by `auto`.
 
-    A named backend never falls back.
+    A named backend never falls back; a library, which only knows streaming passes, leaves the rest to `auto`.
 
     Args:
         operation: one of ``OPERATIONS``. head_dim: None for the loss, which has no heads.
