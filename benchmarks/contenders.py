@@ -14,6 +14,7 @@ import torch
 
 import rfkernels as rf
 from rfkernels import backends
+from rfkernels.backends import library
 
 from . import competitors
 from .cases import Work
@@ -54,24 +55,27 @@ def out_only(result) -> Results:
     return {"out": result}
 
 
-def _backends(options: Options, dtype: torch.dtype, head_dim: int | None, skipped: dict[str, str]) -> Iterator[str]:
+def _backends(
+    options: Options, dtype: torch.dtype, head_dim: int | None, skipped: dict[str, str], passes: bool
+) -> Iterator[str]:
     for name, why in rf.explain_backends(options.device).items():
-        if name == "auto":
+        # Of the libraries each by its name, where there is something that they do.
+        if name in ("auto", library.NAME) or (name in library.BACKENDS and not passes):
             continue
         operation = "redmd_loss" if head_dim is None else "streaming_attention"
-        refusal = backends.module(name).unsupported(operation, dtype, head_dim)
-        if name not in rf.available_backends(options.device):
-            skipped[OURS + name] = why.removeprefix("not available: ")
-        elif refusal is not None:
-            skipped[OURS + name] = refusal
-        else:
+        reason = backends.refusal(name, operation, options.device, dtype, head_dim)
+        if reason is None:
             yield name
+        else:
+            skipped[OURS + name] = why.removeprefix("not available: ") if why.startswith("not") else reason
 
 
-def ours_of(options, dtype, head_dim, skipped, make: Callable[[], tuple[Callable, Callable]]) -> dict[str, Contender]:
-    """A contender for each backend, with whatever ``make`` sets up for it."""
+def ours_of(
+    options, dtype, head_dim, skipped, make: Callable[[], tuple[Callable, Callable]], passes: bool = False
+) -> dict[str, Contender]:
+    """A contender for each backend, with whatever ``make`` sets up for it. passes: it runs streaming passes."""
     found = {}
-    for name in _backends(options, dtype, head_dim, skipped):
+    for name in _backends(options, dtype, head_dim, skipped, passes):
         around = partial(rf.use_backend, name)
         with around():
             call, read = make()

@@ -223,8 +223,11 @@ def count(make: Callable[[Stream, str], Callable[[], object]], case: Stream, dev
     return mode.counts
 
 
-def count_triton(case: Stream) -> tuple[Counts, Counter]:
-    """The same by the triton backend as on an H100: torch's operators, and its launches, noted and not run."""
+def count_triton(case: Stream, backend: str = "triton") -> tuple[Counts, Counter]:
+    """The same by the triton backend as on an H100: torch's operators, and its launches, noted and not run.
+
+    backend: another one that launches its kernels.
+    """
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -239,7 +242,7 @@ def count_triton(case: Stream) -> tuple[Counts, Counter]:
     h100 = mock.patch.multiple(tiles, architecture=lambda: 90, processors=lambda device: 132)
     no_driver = mock.patch.object(driver, "_active", mock.Mock())
     with mock.patch.object(JITFunction, "run", note), no_device, no_driver, h100:
-        counts = count(lambda case, device: our_chunk(case, device, "triton"), case)
+        counts = count(lambda case, device: our_chunk(case, device, backend), case)
     return counts, launches
 
 

@@ -14,7 +14,7 @@ RESULT = "{result}"  # in a command: the file that it leaves its figures in, as 
 PYTHON = (sys.executable, "-u")
 PYTEST = (*PYTHON, "-m", "pytest", "-vv", "-p", "no:cacheprovider")  # a line for each test, as it ends
 BENCH = (*PYTHON, "-m", "rfkernels", "bench")
-BACKENDS = ("reference", "sdpa", "triton", "cuda")
+BACKENDS = ("reference", "sdpa", "library", "triton", "cuda")
 
 # The public functions on the device, beside the suites of the kernels themselves.
 OPERATIONS = ("on_gpu", "streaming", "cache", "chunk_attention", "window", "redmd", "ops")

@@ -165,7 +165,7 @@ def attention(case: Stream, options: Options) -> Bench:
         cache.begin_chunk(case.frames)
         return partial(rf.streaming_attention, q, k, v, cache[0]), out_only
 
-    contenders = ours_of(options, case.dtype, case.head_dim, skipped, ours)
+    contenders = ours_of(options, case.dtype, case.head_dim, skipped, ours, passes=True)
     (old,) = s.usual()
     contenders["usual"] = Contender(partial(old.attend, q, k, v, s.start), out_only)
     ready = s.exact()
@@ -203,7 +203,7 @@ def _layers(case: Stream, options: Options, work: Work, passes: int, opens: bool
 
         return call, out_only
 
-    contenders = ours_of(options, case.dtype, case.head_dim, skipped, ours)
+    contenders = ours_of(options, case.dtype, case.head_dim, skipped, ours, passes=True)
     old, clock = s.usual(), _counter(case, s.start)
 
     def usual_call():

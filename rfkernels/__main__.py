@@ -41,7 +41,7 @@ def info(args: argparse.Namespace) -> int:
         print(f"{name:18} {text}")
     print("\nbackends")
     for name, text in rf.explain_backends().items():
-        print(f"  {name:16} {text}")
+        print(f"  {name:22} {text}")
     return 0
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patched import exact_backends
 
 import rfkernels as rf
 
@@ -40,9 +41,9 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=rf.available_backends())
+@pytest.fixture(params=exact_backends())
 def backend(request):
-    """Every backend that works here; the test runs within ``use_backend``. See `pytest_runtest_call`."""
+    """Every backend that works here and is exact; the test runs within ``use_backend``. See `pytest_runtest_call`."""
     with rf.use_backend(request.param):
         yield request.param
 

@@ -1,4 +1,4 @@
-"""What tests change inside the package, in one place."""
+"""What tests change inside the package, and which backends they run, in one place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,20 @@ import contextlib
 from collections.abc import Iterator
 from unittest import mock
 
+import rfkernels as rf
 from rfkernels import backends
+from rfkernels.backends import library
+
+
+def exact_backends() -> list[str]:
+    """Those that work here: of the libraries each kernel by its name, but for those that quantise."""
+    left_out = {library.NAME} | {f"{library.NAME}:{kernel.name}" for kernel in library.KERNELS if kernel.quantises}
+    return [name for name in rf.available_backends() if name not in left_out]
+
+
+def own_backends() -> list[str]:
+    """Those that work here and serve every operation themselves."""
+    return [name for name in rf.available_backends() if name not in library.BACKENDS]
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from patched import serving
 
 from benchmarks import bounds, counter, figure, model, report, timing
 from benchmarks.cases import Stream
 from benchmarks.counter import BelowOps
 from rfkernels import EMASinkCache
 from rfkernels.__main__ import main
+from rfkernels.backends import library
 from rfkernels.models import CausalWan, CausalWanConfig
 
 CPU = torch.device("cpu")
@@ -39,6 +41,18 @@ def test_a_triton_chunk_is_a_few_launches():
     assert launches["begin_chunk_kernel"] == 1
     assert launches["write_kernel"] == launches["forward_kernel"] == COUNTED.layers * COUNTED.passes
     assert counts.operators == {"add_": 1} and counts.host_reads == 0  # num_frames
+
+
+def test_a_chunk_of_a_librarys_kernel_is_three_launches_a_pass(monkeypatch):
+    """Where the window is full: write and rotate by Triton's kernels, and the library's, which is one operator here."""
+    kernel = next(kernel for kernel in library.KERNELS if kernel.name == "flash_attn_3")
+    monkeypatch.setattr(kernel, "refusal", lambda device, dtype, head_dim: None)
+    monkeypatch.setattr(kernel, "attend", lambda q, k, v, lengths, scale, return_lse: (q.clone(), None))
+    with serving("triton"):
+        counts, launches = counter.count_triton(COUNTED, "library:flash_attn_3")
+    passes = COUNTED.layers * COUNTED.passes
+    assert launches == {"begin_chunk_kernel": 1, "write_kernel": passes, "rotate_kernel": passes}
+    assert counts.operators == {"add_": 1, "clone": passes} and counts.host_reads == 0
 
 
 def test_bytes_of_single_operators():

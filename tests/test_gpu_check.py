@@ -193,7 +193,8 @@ def test_the_whole_on_a_cpu(tmp_path):
     found = found_in(tmp_path)
     assert {row["status"] for row in found.values()} == {"passed", "not here"}
     smoke = found["smoke"]["commands"]
-    assert all(row["tests"]["passed"] >= 8 and not row["tests"]["names"] for row in smoke.values())
+    least = dict.fromkeys(smoke, 8) | {"library": 1}  # of other packages' kernels torch's own runs on a CPU
+    assert all(row["tests"]["passed"] >= least[name] and not row["tests"]["names"] for name, row in smoke.items())
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

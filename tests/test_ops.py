@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch._inductor.utils
+from patched import exact_backends, own_backends
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,7 +98,9 @@ def test_opcheck_with_all_utilities(device, backend):
     for name, request in requests(device):
         op = getattr(ops, name).default
         names = [argument.name for argument in op._schema.arguments if argument.name.endswith("backend")]
-        torch.library.opcheck(op, (*flattener(type(request))(request), *(backend for _ in names)))
+        head_dim = None if name == "redmd_loss" else HEAD_DIM
+        chosen = backends.choose(name, device, torch.float32, head_dim, backend).backend
+        torch.library.opcheck(op, (*flattener(type(request))(request), *(chosen for _ in names)))
         seen.add(name)
     assert seen == set(OPERATIONS)
 
@@ -166,7 +169,7 @@ def count_compilations(inductor=False):
     torch._dynamo.reset()
 
 
-COMPILED = [("reference", False)] + [(name, True) for name in rf.available_backends() if name != "reference"]
+COMPILED = [("reference", False)] + [(name, True) for name in exact_backends() if name != "reference"]
 
 
 @pytest.mark.parametrize("name, inductor", COMPILED, ids=str)
@@ -291,7 +294,7 @@ def device_path(monkeypatch):
     monkeypatch.setattr(native, "serves", lambda x: False)
 
 
-@pytest.mark.parametrize("name", [n for n in rf.available_backends() if n != "sdpa"] + ["sdpa"])
+@pytest.mark.parametrize("name", [n for n in own_backends() if n != "sdpa"] + ["sdpa"])
 def test_no_host_read_below_the_op_boundary(name, device_path, device):
     cache = make(device)
     with NoHostRead():
@@ -302,7 +305,7 @@ def test_no_host_read_below_the_op_boundary(name, device_path, device):
     torch.version.cuda is None or native.torch_version() < FAKE_CUDA_TORCH,
     reason="fake CUDA tensors without a driver need a torch >= {}.{} built with CUDA".format(*FAKE_CUDA_TORCH),
 )
-@pytest.mark.parametrize("name", [n for n in rf.available_backends() if n != "triton"])  # which launches on addresses
+@pytest.mark.parametrize("name", [n for n in own_backends() if n != "triton"])  # which launches on addresses
 def test_no_host_read_on_fake_cuda_tensors(name):
     """Fake tensors have no values: any read, also one that a dispatch mode on the CPU would miss, raises."""
     with FakeTensorMode(allow_non_fake_inputs=False):
@@ -312,7 +315,7 @@ def test_no_host_read_on_fake_cuda_tensors(name):
         run_backend_functions(backends.module(name), cache, backward=name != "reference")
 
 
-@pytest.mark.parametrize("name", [n for n in rf.available_backends() if n != "reference"])
+@pytest.mark.parametrize("name", [n for n in own_backends() if n != "reference"])
 def test_a_planted_host_read_is_caught(name, device_path, device, monkeypatch):
     cache, module = make(device), backends.module(name)
     honest = module.write

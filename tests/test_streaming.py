@@ -211,8 +211,8 @@ def test_phases_hold_at_frame_one_million(dtype, device, backend):
 
 
 def test_nan_in_the_unused_tail_never_leaks(device, backend):
-    if device.type != "cpu" and backend == "sdpa":
-        pytest.skip("on other devices sdpa attends the whole buffer, which creation and reset fill with zeros")
+    if device.type != "cpu" and (backend == "sdpa" or backend.startswith("library")):
+        pytest.skip("on other devices torch and other packages may read it, multiplied by zero")
     for kv_heads, group in ((2, 1), (1, 2)):
         case = Case(2, 3, (2, 2), 2, 1, kv_heads, group, 8, (0.9,) * kv_heads, False, False, True, ())
         pair = Pair(case, torch.float32, device)

@@ -4,6 +4,9 @@ A backend is a module with the functions of `reference`: each operation as a fun
 that return a reason or None, ``unavailable(device)`` and ``unsupported(operation, dtype, head_dim)``. A new one is a
 folder and a row of ``_MODULES``. The public functions choose once and pass the name into the op, so that a backward
 pass, which may run in another thread and outside the context manager, uses the same one.
+
+``library`` is of another kind: it has a name for each kernel of other packages, and serves streaming passes only. What
+else is asked of it is done as by `auto`.
 """
 
 from __future__ import annotations
@@ -12,16 +15,15 @@ import operator
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import native
-from . import cuda, reference, sdpa, triton
+from . import cuda, library, reference, sdpa, triton
 
 _NATIVE = "compiled CPU loops" if native.missing is None else f"no compiled CPU loops: {native.missing}"
-_MODULES: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "triton": triton, "cuda": cuda}
+_MODULES: dict[str, Any] = {"reference": reference, "sdpa": sdpa, "triton": triton, "cuda": cuda, **library.BACKENDS}
 _NOTES = {
     "reference": "plain PyTorch, any device; the definition, slow",
     "sdpa": f"torch's scaled_dot_product_attention, any device; on the CPU {_NATIVE}",
@@ -34,7 +36,7 @@ class UnservedError(ValueError):
     """A backend was named that does not run on the device, or does not serve the operation, dtype or head size."""
 
 
-def module(name: str) -> ModuleType:
+def module(name: str) -> Any:
     """The module of a backend, by the name that an op carries.
 
     Raises:
@@ -73,6 +75,8 @@ def _orders(forward: tuple[Row, ...], backward: tuple[Row, ...], cache: tuple[Ro
 # The first that serves wins: by kind of device and family of architecture (`family`), then by operation. On the CPU the
 # order is measured (benchmarks/README.md); elsewhere it follows from what the kernels are made of: for 9.x ours have
 # wgmma forward (if built for 9.0a) and Triton's have it both ways; for 10.x only Triton's use its tensor cores fully.
+# A library's kernel that knows lengths becomes a row of streaming_attention, by its own name, when a committed
+# measurement says that it should: none does.
 _AUTO: dict[str, dict[str, tuple[Row, ...]]] = {
     "cpu": _orders(_ANY, _ANY, _ANY),
     "cuda 8.x": _orders(_COMPILED_FIRST, _COMPILED_FIRST, _COMPILED_FIRST),
@@ -123,7 +127,7 @@ def choose(
 ) -> Choice:
     """The backend for one call: ``backend``, else the one of the innermost `use_backend`, else by `auto`.
 
-    A named backend never falls back.
+    A named backend never falls back; a library, which only knows streaming passes, leaves the rest to `auto`.
 
     Args:
         operation: one of ``OPERATIONS``. head_dim: None for the loss, which has no heads.
@@ -141,10 +145,12 @@ def _choose(
 ) -> Choice:
     key = (operation, device, dtype, head_dim, named)
     if key not in _choices:
-        if named is None or named == "auto":
+        if named is None or named == "auto" or _is_ours(named, operation):
             named = _first(operation, device, dtype, head_dim)
-        elif (reason := _refusal(named, operation, device, dtype, head_dim)) is not None:
+        elif (reason := refusal(named, operation, device, dtype, head_dim)) is not None:
             raise UnservedError(f"backend {named!r} cannot do this: {reason}")
+        elif named == library.NAME and head_dim is not None:
+            named = library.first(device, dtype, head_dim)
         reads_full = getattr(module(named), "reads_full", None)
         _choices[key] = Choice(named, reads_full is not None and reads_full(device))
     return _choices[key]
@@ -155,8 +161,20 @@ def _choose(
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _refusal(name: str, operation: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
+def _is_ours(name: str, operation: str) -> bool:
+    """Whether the named backend is a library, which leaves the operation to our kernels."""
+    return name in library.BACKENDS and operation != "streaming_attention"
+
+
+def refusal(name: str, operation: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
+    """Why the backend does not serve the operation on tensors like these, or None.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     backend = module(name)
+    if name in library.BACKENDS:
+        return backend.refusal(operation, device, dtype, head_dim)
     return backend.unavailable(device) or backend.unsupported(operation, dtype, head_dim)
 
 
@@ -166,7 +184,7 @@ def _order(operation: str, device: torch.device) -> tuple[Row, ...]:
 
 def _first(operation: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str:
     for name, kernels in _order(operation, device):
-        serves = _refusal(name, operation, device, dtype, head_dim) is None
+        serves = refusal(name, operation, device, dtype, head_dim) is None
         if serves and (kernels is None or module(name).forward_kernels(device) == kernels):
             return name
     raise ValueError(f"no backend runs on {device}")
@@ -187,7 +205,8 @@ def explain_backends(device: torch.device | str | None = None) -> dict[str, str]
     rows = {}
     for name, backend in _MODULES.items():
         reason = backend.unavailable(device)
-        rows[name] = f"available: {_NOTES[name]}" if reason is None else f"not available: {reason}"
+        note = backend.note(device) if name in library.BACKENDS else _NOTES[name]
+        rows[name] = f"available: {note}" if reason is None else f"not available: {reason}"
     chosen: dict[str, list[str]] = {}
     for operation in OPERATIONS:
         head_dim = None if operation == "redmd_loss" else 128
@@ -204,6 +223,9 @@ def explain_backends(device: torch.device | str | None = None) -> dict[str, str]
 def use_backend(name: str) -> Iterator[None]:
     """Within the block every rfkernels op of this thread uses the backend ``name`` ("auto": the default choice).
 
+    ``"library"`` attends in streaming passes by the best dense attention of another package that is installed,
+    ``"library:flash_attn_3"`` by that one; what libraries do not do is done as by "auto".
+
     Blocks may nest and, in generators, overlap: the one that was opened last and is still open decides. Other threads
     are not affected. Ops remember their backend for the backward pass, wherever that runs.
 
@@ -212,8 +234,8 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name != "auto" and name not in _MODULES:
         raise ValueError(f'backend must be "auto" or one of {sorted(_MODULES)}, got {name!r}')
-    if name != "auto" and name not in available_backends():
-        raise ValueError(f"backend {name!r} is {explain_backends()[name]}")  # "not available: " and why
+    if name != "auto" and (reason := module(name).unavailable(_default_device(None))) is not None:
+        raise ValueError(f"backend {name!r} is not available: {reason}")
     block = _Block(name)
     _set_blocks((*_thread.blocks, block))
     try:

@@ -9,6 +9,7 @@ from grid import LIVES, Life
 from oracle import Streams, check, runs, uneven
 
 import rfkernels as rf
+from rfkernels import backends
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -47,6 +48,16 @@ def test_published_arithmetic_in_half_precision(device, pairing):
 def test_tokens_that_straddle_tiles_and_split_keys(device):
     """35 tokens a frame: tiles of queries lie in two frames, cache tiles end inside a frame, keys are split."""
     grid.run_life("triton", device, torch.float32, Life(1, 2, 2, size=(5, 7)))
+
+
+@pytest.mark.parametrize("pairing", ["interleaved", "half", None])
+def test_a_librarys_passes(device, monkeypatch, pairing):
+    """torch's kernel attends to what these kernels have written, with queries that they have rotated."""
+    monkeypatch.setattr(backends, "_choices", {})
+    rows = dict.fromkeys(backends.OPERATIONS, (backends.Row("triton"),))
+    monkeypatch.setitem(backends._AUTO, backends.family(device), rows)
+    life = Life(1, 2, 2, 0.9, head_dim=64, batch=2, kv_heads=2, group=2, pairing=pairing)
+    grid.run_life("library:torch_sdpa", device, torch.float32, life)
 
 
 def stream(device, dtype=torch.float32, **options) -> Streams:

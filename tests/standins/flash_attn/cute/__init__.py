@@ -1,0 +1,1 @@
+from .interface import flash_attn_varlen_func as flash_attn_varlen_func
