@@ -16,17 +16,16 @@ from .. import backends, checks
 from ..attention import merge_attention, sink_window_attention
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
     from transformers.masking_utils import (
         and_masks,
         causal_mask_function,
         packed_sequence_mask_function,
-        remap_positions_for_packed_sequence,
         sliding_window_overlay,
     )
 except ImportError as error:
-    raise ImportError(f"rfkernels.integrations.transformers needs transformers >= 5.24: {error}") from error
+    raise ImportError(f"rfkernels.integrations.transformers needs transformers >= 4.57: {error}") from error
 
 Tensor = torch.Tensor
 
@@ -126,15 +125,19 @@ def register(
 def _visible(
     options: _Options,
     *,
-    q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
+    q_length: int = 0,
+    q_offset: int | Tensor = 0,
+    cache_position: Tensor | None = None,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     **_: Any,
 ) -> Visible:
-    """What transformers calls once per forward pass and kind of layer, where it would otherwise make a mask."""
+    """What transformers calls once per forward pass and kind of layer, where it would otherwise make a mask.
+
+    cache_position: of the queries ``[N_q]``, from versions that give neither q_length nor q_offset.
+    """
     window = _window(mask_function)
     if window is None:
         window = options.window_tokens
@@ -144,12 +147,23 @@ def _visible(
             "the cache must know its length on the host, got a tensor, as StaticCache has it: which of its keys are "
             "valid cannot be said. Use a DynamicCache"
         )
+    if cache_position is not None:
+        q_length = len(cache_position)
+        q_offset = _first(cache_position, kv_offset + kv_length - q_length)
     keys = q_offset + q_length - kv_offset  # that are there, from the first one the cache still has
     if keys > kv_length:
         raise ValueError(f"the cache must give a key for each of {keys} tokens, got {kv_length}")
     if kv_offset:
         _check_kept(options.sink_tokens, window, keys - q_length, kv_offset)
     return Visible(window, min(keys, kv_length), kv_length)
+
+
+def _first(positions: Tensor, without_room: int) -> int:
+    """Of the queries' positions the first one; without_room: what it is unless the cache has free places."""
+    if not torch.compiler.is_compiling():
+        return int(positions[0])
+    _assert_all(positions[:1] == without_room, "a static cache")
+    return without_room
 
 
 def _window(mask_function: Callable[..., Any]) -> int | None:
@@ -162,9 +176,7 @@ def _window(mask_function: Callable[..., Any]) -> int | None:
     for part in _parts(mask_function):
         if _code(part) is _SLIDING:
             windows.append(_captured(part, "sliding_window"))
-        elif _code(part) is _PACKED and torch.compiler.is_compiling():
-            _assert_all(_captured(part, "packed_sequence_mask") == 0, "position_ids: packed documents")
-        elif part is not causal_mask_function:
+        elif part is not causal_mask_function and not (_code(part) is _PACKED and _is_one_document(part)):
             name = part.__qualname__.split(".")[0]
             raise ValueError(
                 "a mask must be causal, with or without a sliding window; "
@@ -177,11 +189,20 @@ def _parts(mask_function: Any) -> list[Any]:
     """The functions whose intersection a mask function is."""
     if _code(mask_function) is _BOTH:
         return [part for inner in _captured(mask_function, "mask_functions") for part in _parts(inner)]
-    if _code(mask_function) is _RENUMBERED and torch.compiler.is_compiling():
-        # Within one document the difference of two positions is that of their indices, and no more is asked for. While
-        # it compiles, transformers cannot see whether there is one; `_window` adds a check for when the graph runs.
+    if _code(mask_function) is _RENUMBERED:
+        # By positions within each document. In one document their differences are those of the indices, and no more is
+        # asked for; that there is one is checked by what this comes with (`_is_one_document`).
         return _parts(_captured(mask_function, "mask_function"))
     return [mask_function]
+
+
+def _is_one_document(part: Any) -> bool:
+    """Where transformers could not see whether documents are packed (while it compiles; 4.57 never looks)."""
+    number = _captured(part, "packed_sequence_mask")  # of the document of each token, from 0
+    if torch.compiler.is_compiling():
+        _assert_all(number == 0, "position_ids: packed documents")
+        return True
+    return not number.any()
 
 
 def _code(function: Any) -> Any:
@@ -197,7 +218,9 @@ def _captured(function: Any, name: str) -> Any:
 _BOTH = _code(and_masks(causal_mask_function))
 _SLIDING = _code(sliding_window_overlay(1))
 _PACKED = _code(packed_sequence_mask_function(torch.zeros(1, 1)))
-_RENUMBERED = _code(remap_positions_for_packed_sequence(causal_mask_function, torch.zeros(1, 1)))
+_RENUMBERED: Any = ()  # no code is this: older versions have no such function
+if hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+    _RENUMBERED = _code(masking_utils.remap_positions_for_packed_sequence(causal_mask_function, torch.zeros(1, 1)))
 
 
 def _refuse_padding(attention_mask: Tensor | None) -> None:
@@ -308,12 +331,8 @@ class SinkWindowLayer(DynamicSlidingWindowLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Returns what the new queries may see: what was kept, and the new keys and values."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        keys, values = DynamicLayer.update(self, key_states, value_states)
         self.cumulative_length += key_states.shape[-2]
-        keys = torch.cat([self.keys, key_states], dim=-2)
-        values = torch.cat([self.values, value_states], dim=-2)
         self.keys, self.values = self._keep(keys), self._keep(values)
         return keys, values
 
@@ -326,8 +345,9 @@ class SinkWindowLayer(DynamicSlidingWindowLayer):
     def _capacity(self) -> int:
         return self.sink_tokens + self.sliding_window - 1
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys `update` will return, and how many it has dropped."""
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """How many keys `update` will return, and how many it has dropped. Older versions give a position per query."""
+        query_length = len(query_length) if isinstance(query_length, Tensor) else query_length
         kept = min(self.cumulative_length, self._capacity())
         return kept + query_length, self.cumulative_length - kept
 
@@ -336,6 +356,10 @@ class SinkWindowLayer(DynamicSlidingWindowLayer):
 
     def activate_past_recording(self) -> None:
         raise NotImplementedError("a SinkWindowCache cannot go back: assisted decoding needs a DynamicCache")
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized, self.cumulative_length = False, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Raises:
