@@ -8,6 +8,7 @@ from pathlib import Path
 import budget
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import rfkernels as rf
 
@@ -269,6 +270,27 @@ def test_gradients_with_sinks():
     torch.testing.assert_close(grads[1], grads[0], atol=1e-5 * grads[0].abs().max().item(), rtol=0)
 
 
+@pytest.mark.skipif(VERSION < (5, 15), reason="its caches are not made to be compiled")
+def test_compiled_decoding_with_a_cache_of_fixed_size():
+    """In one graph, which serves every token once the cache is full."""
+    torch.compiler.reset()
+    name = adapter.register("with sinks", sink_tokens=2)
+    made, x = model("mistral", name, torch.float32, num_hidden_layers=1), tokens()
+    counter = CompileCounter()
+    run = torch.compile(made, fullgraph=True, backend=counter)
+    caches, graphs = [SinkWindowCache(made, 2) for _ in range(2)], []
+    with torch.no_grad():
+        for cache in caches:
+            made(x[:, :9], **{CACHE: cache})
+        for token in x[:, 9:].split(1, 1):
+            got, wanted = (
+                call(token, **{CACHE: cache}).logits for call, cache in zip((run, made), caches, strict=True)
+            )
+            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+            graphs.append(counter.frame_count)
+    assert graphs[-1] == graphs[2] <= 2, graphs
+
+
 def test_beams_and_reset_of_a_sink_cache():
     made, x = model("mistral", adapter.register("with sinks", sink_tokens=2)), tokens()
     cache = SinkWindowCache(made, 2)
@@ -393,7 +415,7 @@ def test_caches_that_dropped_what_is_seen():
 def test_a_cache_that_counts_on_the_device(ours):
     made, x = model("llama", ours), tokens()
     cache = StaticCache(made.config, max_cache_len=TOKENS + 5)
-    if VERSION < (5, 15):  # which give the positions of the queries instead
+    if "cache_position" in inspect.signature(transformers.masking_utils.sdpa_mask).parameters:  # in older versions
         exact_float64(in_pieces(made, x, cache, [9, 1, 13]), model("llama")(x).logits)
         return
     with torch.no_grad(), pytest.raises(ValueError, match="the cache must know its length on the host"):
