@@ -11,7 +11,7 @@ GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/n
 $(VENV)/.installed: export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU),8.0+PTX)
 $(VENV)/.installed: export RFKERNELS_HEAD_DIMS ?= $(if $(GPU),64 80 96 128 256,64 128)
 
-.PHONY: demo test test-quick test-slow bench gpu-check gpu-library lint docs wheel clean
+.PHONY: demo test test-quick test-slow bench gpu-check gpu-library hub lint docs wheel clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m rfkernels demo --out demo_output
@@ -48,6 +48,10 @@ ARCH ?= 9.0a
 gpu-library: $(VENV)/.tools
 	TORCH_CUDA_ARCH_LIST="$(ARCH)" RFKERNELS_HEAD_DIMS="64 80 96 128 256" $(BIN)/python setup.py -q build_ext --inplace
 	ls -l rfkernels/*.so
+
+# The Triton kernels as a kernel of the Hugging Face Hub, in build/hub; nothing is compiled and nothing is installed.
+hub:
+	$(PYTHON) hub/write.py
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

@@ -316,4 +316,4 @@ def merge_attention(
     for name, lse in (("lse1", lse1), ("lse2", lse2)):
         checks.tensor(name, lse, 3, out1.device)
         checks.shape(name, lse, batch=batch, heads=heads, tokens=tokens)
-    return torch.ops.rfkernels.merge_attention(out1, lse1, out2, lse2)
+    return ops.merge_attention(out1, lse1, out2, lse2)

@@ -2,7 +2,7 @@
 
 ``torch.ops.rfkernels.*`` take a request's leaves and the backend's name, put the request together again and hand it to
 the backend's function of the same name. ``torch.ops.rfkernels_native.*`` take the same leaves without a name: compiled
-code, for the CPU and for CUDA, only adds kernels to the schemas below.
+code, for the CPU and for CUDA, only adds kernels to the schemas below. Without it they are not defined.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import native
+from . import namespaces
 from .requests import (
     BeginChunk,
     ChunkAttention,
@@ -149,7 +151,7 @@ def _define_public(library: torch.library.Library) -> None:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         BODIES[name] = (_streaming_body if name == "streaming_attention" else _body)(name, operation)
         library.impl(name, BODIES[name], "CompositeExplicitAutograd")
-        torch.library.register_fake(f"rfkernels::{name}", _fake(operation), lib=library)
+        torch.library.register_fake(f"{namespaces.PUBLIC}::{name}", _fake(operation), lib=library)
     from ..backends import reference
 
     merge, build = reference.merge_attention, unflattener(MergeAttention)
@@ -163,7 +165,7 @@ def _define_public(library: torch.library.Library) -> None:
 
 def _attention_autograd(library: torch.library.Library, name: str) -> None:
     """An attention op whose leaves begin with q, k, v, and whose backward op takes cotangents before them."""
-    backward_op = getattr(torch.ops.rfkernels, name + "_backward")
+    backward_op = getattr(namespaces.public, name + "_backward")
     tensors = [leaf.kind == "Tensor" for leaf in leaves(OPERATIONS[name].request)]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -178,7 +180,8 @@ def _attention_autograd(library: torch.library.Library, name: str) -> None:
         grads = backward_op(grad_out, grad_lse, out, lse, *flat, ctx.backend)
         return *grads, *([None] * (len(flat) - 3 + 2))
 
-    torch.library.register_autograd(f"rfkernels::{name}", backward, setup_context=setup_context, lib=library)
+    qualified = f"{namespaces.PUBLIC}::{name}"
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=library)
 
 
 def _redmd_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -207,18 +210,19 @@ def _refuse(name: str) -> Callable[..., Any]:
 def _define_gradients(library: torch.library.Library) -> None:
     for name in _DIFFERENTIABLE:
         _attention_autograd(library, name)
-        torch.library.register_autograd(f"rfkernels::{name}_backward", _refuse(name), lib=library)
-    torch.library.register_autograd("rfkernels::redmd_loss", _redmd_backward, setup_context=_redmd_setup, lib=library)
+        torch.library.register_autograd(f"{namespaces.PUBLIC}::{name}_backward", _refuse(name), lib=library)
+    loss = f"{namespaces.PUBLIC}::redmd_loss"
+    torch.library.register_autograd(loss, _redmd_backward, setup_context=_redmd_setup, lib=library)
 
 
-_native_library = define_native("rfkernels_native", NATIVE)
-_public_library = torch.library.Library("rfkernels", "DEF")
+_native_library = None if native.missing else define_native(namespaces.NATIVE, NATIVE)
+_public_library = torch.library.Library(namespaces.PUBLIC, "DEF")
 _define_public(_public_library)
 _define_gradients(_public_library)
 
 
 def _call(name: str) -> Callable[..., Any]:
-    op, flatten = getattr(torch.ops.rfkernels, name), flattener(OPERATIONS[name].request)
+    op, flatten = getattr(namespaces.public, name), flattener(OPERATIONS[name].request)
     return lambda request, *backend: op(*flatten(request), *backend)
 
 
@@ -228,3 +232,4 @@ streaming_attention: Callable[[StreamingAttention, str], tuple[Tensor, Tensor]] 
 chunk_attention: Callable[[ChunkAttention, str, str], tuple[Tensor, Tensor]] = _call("chunk_attention")
 sink_window_attention: Callable[[WindowAttention, str, str], tuple[Tensor, Tensor]] = _call("sink_window_attention")
 redmd_loss: Callable[[ReDMD, str], tuple[Tensor, Tensor]] = _call("redmd_loss")
+merge_attention: Callable[..., tuple[Tensor, Tensor]] = namespaces.public.merge_attention

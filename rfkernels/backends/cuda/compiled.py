@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from ...contract import namespaces
 from ...contract.requests import BeginChunk, ReDMD, Rotate, StreamingAttention, Write
 from ...contract.schemas import flattener
 from .requests import AttentionBackward, AttentionForward
 
 Tensor = torch.Tensor
-native: Any = torch.ops.rfkernels_native
-private: Any = torch.ops.rfkernels_cuda
+native, private = namespaces.native, namespaces.cuda
 _flat_begin_chunk, _flat_write, _flat_rotate = flattener(BeginChunk), flattener(Write), flattener(Rotate)
 _flat_streaming, _flat_loss = flattener(StreamingAttention), flattener(ReDMD)
 _flat_forward, _flat_backward = flattener(AttentionForward), flattener(AttentionBackward)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...contract import namespaces
 from ...contract.geometry import WindowMask
 from ...contract.requests import Cotangents, RopeTables
 from ...contract.schemas import arguments
@@ -76,4 +77,4 @@ def define(namespace: str, kind: str = "DEF") -> torch.library.Library:
     return library
 
 
-_library = define("rfkernels_cuda")
+_library = define(namespaces.CUDA)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ... import native
+from ...contract import namespaces
 from ...contract.geometry import CacheGeometry, WindowMask
 from ...contract.requests import (
     BeginChunk,
@@ -35,7 +36,7 @@ from .. import reference
 from ..layout import unit_rows
 from . import dense
 
-_native = torch.ops.rfkernels_native
+_native = namespaces.native
 _flat_begin_chunk, _flat_write, _flat_rotate = flattener(BeginChunk), flattener(Write), flattener(Rotate)
 _flat_streaming, _flat_loss = flattener(StreamingAttention), flattener(ReDMD)
 _MASKED_QUERIES = 128  # queries a masked block holds: a mask this tall costs little beside its scores

@@ -48,11 +48,11 @@ def interpreted() -> bool:
 @functools.cache
 def _interpreter_fault() -> str | None:
     """Why the interpreter of this Triton does not work here, or None."""
-    import numpy
     import triton
 
-    if version_numbers(triton.__version__) < (3, 7) and version_numbers(numpy.__version__) >= (2, 4):
-        return f"the interpreter of Triton {triton.__version__} needs numpy < 2.4, here is {numpy.__version__}"
+    numpy = importlib.metadata.version("numpy")  # the interpreter's own dependency
+    if version_numbers(triton.__version__) < (3, 7) and version_numbers(numpy) >= (2, 4):
+        return f"the interpreter of Triton {triton.__version__} needs numpy < 2.4, here is {numpy}"
     return None
 
 
