@@ -7,9 +7,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import self_forcing
+    from . import diffusers, self_forcing
 
-__all__ = ["self_forcing"]
+__all__ = ["diffusers", "self_forcing"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -7,15 +7,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from .config import CausalWanConfig
-from .reading import dequantised, described, is_lora, read_checkpoint, weights_folder
+from .reading import dequantised, described, is_lora, own_names, read_checkpoint, weights_folder
 from .wan import CausalWan
 from .wrappers import full, is_sharded, own_keys, plain_name, plain_state, sharded_like, unwrapped
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _TEXT_TO_VIDEO = ("t2v", "ti2v")
 # What a config has where there is another input than text: in Wan's names, diffusers', DiffSynth's and VideoX-Fun's.
@@ -27,11 +30,12 @@ _CHANNELS = (("in_dim", "in_channels"), ("out_dim", "out_channels"))
 
 
 def load_checkpoint(
-    model: CausalWan, path: str | os.PathLike[str], *, weights: str | None = None, assign: bool = False
-) -> CausalWan:
+    model: Model, path: str | os.PathLike[str], *, weights: str | None = None, assign: bool = False
+) -> Model:
     """Loads published or saved weights into ``model``, all or nothing.
 
     Args:
+        model: a `CausalWan`, or diffusers' ``WanTransformer3DModel``, before it is offloaded.
         path: a folder of safetensors, whole or sharded by an index (original Wan, diffusers, `save_checkpoint`; a
             diffusers pipeline's ``transformer`` is found), or a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file.
             Keys may start with ``model.`` or, as in ComfyUI's files, ``model.diffusion_model.``. Pickled files are
@@ -55,11 +59,11 @@ def load_checkpoint(
     return _load(model, read_checkpoint(path, weights), path, assign)
 
 
-def _load(model: CausalWan, state: dict[str, torch.Tensor], path: str | os.PathLike[str], assign: bool) -> CausalWan:
+def _load(model: Model, state: dict[str, torch.Tensor], path: str | os.PathLike[str], assign: bool) -> Model:
     """`load_checkpoint` for a state dict under Wan's own names, perhaps with scaled fp8 weights."""
     if is_lora(state):
         raise ValueError(f"{path} must hold a model's weights, got a LoRA: load it with load_lora(model, path)")
-    keys, held = own_keys(model), model.state_dict()
+    keys, held = own_names(own_keys(model)), model.state_dict()
     own = {name: held[key] for name, key in keys.items()}
     state = dequantised(state, None if assign else {name: x.dtype for name, x in own.items()}, path)
     shapes = [
