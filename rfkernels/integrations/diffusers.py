@@ -92,7 +92,9 @@ def stream(
         model, shift=shift, height=height // space, width=width // space, batch_size=len(context), **options
     )
     sampler.seed = checks.integer("seed", seed, 0)
-    latents = None if initial is None else _initial(pipe, initial, height, width, num_frames, len(context))
+    latents = None
+    if initial is not None:
+        latents = _initial(pipe, initial, height, width, num_frames, len(context)).to(sampler.cache.device)
     frames = _frames(sampler, decoder, context, num_frames, latents, pipe.vae_scale_factor_temporal, progress)
     return VideoStream(pipe, sampler, frames, output_type, max_sequence_length)
 

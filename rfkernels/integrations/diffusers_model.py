@@ -146,6 +146,7 @@ class Seam:
     def check_pass(self, latents: torch.Tensor, cache: EMASinkCache) -> None:
         """Raises unless ``[B, C, F, h, w]`` are the open chunk of a checked cache, and a pass would run all of it."""
         cache._require_chunk()
+        checks.tensor("hidden_states", latents, 5)
         batch, _, frames, height, width = latents.shape
         rope: Any = cache.rope
         allowed = (cache.batch_size, cache.open_frames, rope.height, rope.width)
