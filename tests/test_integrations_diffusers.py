@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 import rfkernels as rf
 from rfkernels.integrations.diffusers import DiffusersWan, patch
-from rfkernels.models import CausalWan, load_checkpoint
+from rfkernels.models import CausalWan, load_checkpoint, load_lora
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
@@ -304,6 +304,29 @@ def test_load_checkpoint_takes_their_transformer(tmp_path):
     torch.save({"head.head.weight": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="missing"):
         load_checkpoint(theirs, tmp_path / "other.pt")
+
+
+def test_load_lora_takes_their_transformer(tmp_path):
+    """LongLive's file, in Wan's own names; then diffusers' own methods know of it."""
+    model = small(CPU, torch.float32)
+    theirs = diffusers_model(model)
+    plain = outputs(theirs)
+    names = [f"blocks.{i}.{layer}" for i in range(2) for layer in ("self_attn.q", "cross_attn.o", "ffn.2")]
+    sizes = {name: dict(model.named_parameters())[f"{name}.weight"].shape for name in names}
+    state = {f"base_model.model.{n}.lora_A.weight": torch.randn(2, shape[1]) for n, shape in sizes.items()}
+    state |= {f"base_model.model.{n}.lora_B.weight": torch.randn(shape[0], 2) * 0.1 for n, shape in sizes.items()}
+    torch.save({"generator_lora": state}, tmp_path / "lora.pt")
+    assert load_lora(theirs, tmp_path / "lora.pt", alpha=4) is theirs
+    with patched.sinusoids(their_sinusoids):
+        expected = outputs(load_lora(model, tmp_path / "lora.pt", alpha=4))
+    got = outputs(theirs)
+    assert (got - plain).abs().max() > 0.1
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    theirs.disable_adapters()
+    assert torch.equal(outputs(theirs), plain)
+    theirs.enable_adapters()
+    theirs.fuse_lora()
+    torch.testing.assert_close(outputs(theirs), got, rtol=1e-4, atol=1e-4)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
