@@ -255,7 +255,7 @@ def lora(rank=2):
 
 
 def test_adapter_of_peft_and_its_scale():
-    """The numbers of merged weights; ``attention_kwargs`` scales it; it may come and go while a video runs."""
+    """The numbers of merged weights, of a model that was there before; ``attention_kwargs`` scales it."""
     theirs = diffusers_model(small(CPU, torch.float32))
     plain = outputs(theirs)
     merged = copy.deepcopy(theirs)
@@ -274,6 +274,34 @@ def test_adapter_of_peft_and_its_scale():
     torch.testing.assert_close(outputs(DiffusersWan(theirs, attention_kwargs={"scale": 0.0})), plain)
     theirs.disable_adapters()
     assert torch.equal(outputs(adapter), plain)
+
+
+def test_an_attention_backend_may_be_set():
+    """Of the other attentions: ours has its own."""
+    theirs = diffusers_model(small(CPU, torch.float32))
+    expected, cache = outputs(theirs), DiffusersWan(theirs).make_cache(2, 4, 6)
+    undo = patch(theirs, cache)
+    theirs.set_attention_backend("native")
+    undo()
+    assert torch.equal(outputs(theirs), expected)
+
+
+def test_compiled_where_patched():
+    theirs = diffusers_model(small(CPU, torch.float32))
+    model, context, counter = DiffusersWan(theirs), text(), CompileCounter()
+    caches = [model.make_cache(2, 4, 6, **CACHE) for _ in range(2)]
+    chunks = [latents() for _ in range(5)]
+    torch._dynamo.reset()
+    compiled, results = torch.compile(theirs, backend=counter, fullgraph=True), []
+    for cache, call in zip(caches, (theirs, compiled), strict=True):
+        undo = patch(compiled, cache)
+        for x in chunks:
+            cache.begin_chunk(2)
+            with torch.no_grad():
+                results.append(call(x.transpose(1, 2), torch.tensor([700.0, 30.0]), context).sample)
+        undo()
+    torch.testing.assert_close(results[:5], results[5:], rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1, counter.frame_count
 
 
 @pytest.mark.parametrize("how", ["whole", "blocks"])

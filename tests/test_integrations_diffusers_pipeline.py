@@ -75,6 +75,33 @@ def test_prompts_of_a_batch_and_settings_of_the_stream(pipe):
     close(torch.cat(chunks, 1), by_hand(pipe, prompts, 5, **options))
 
 
+def test_wan_22_5b(pipe):
+    """48 channels of 16 x 16 pixels, its VAE, and the pipeline that begins with an image."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4, decoder_base_dim=4, z_dim=48, dim_mult=[1, 1, 1, 1], num_res_blocks=1, is_residual=True,
+        in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16, latents_mean=[0.1] * 48,
+        latents_std=[0.9] * 48, temperal_downsample=[False, True, True],
+    ).eval()  # fmt: skip
+    for p in vae.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    sizes = dict(num_attention_heads=2, attention_head_dim=12, ffn_dim=32, num_layers=2, text_dim=16, freq_dim=16)
+    parts = dict(vae=vae, transformer=diffusers.WanTransformer3DModel(in_channels=48, out_channels=48, **sizes))
+    parts = {name: pipe.components[name] for name in ("tokenizer", "text_encoder", "scheduler")} | parts
+    image = np.random.default_rng(0).random((1, 64, 96, 3)).astype(np.float32)
+    big = diffusers.WanImageToVideoPipeline(**parts, image_processor=None, image_encoder=None, expand_timesteps=True)
+    options = dict(num_frames=21, height=64, width=96, initial=image)  # and embeddings: this pipeline's text needs ftfy
+    options["prompt_embeds"] = encode_prompts(pipe.tokenizer, pipe.text_encoder, ["a cat walks"], 8)
+    got = video(big, None, **options)
+    assert got.shape == (1, 21, 3, 64, 96) and got.std() > 0.01
+    initial = encode_frames(vae, torch.from_numpy(image)[None].permute(0, 1, 4, 2, 3) * 2 - 1)
+    close(got, by_hand(big, initial=initial, frames=5))
+    latents = torch.cat(list(stream(big, output_type="latent", **SIZE | options)), 2)
+    with torch.no_grad():
+        whole = vae.decode(latents * 0.9 + 0.1).sample / 2 + 0.5
+    close(got, whole.transpose(1, 2))
+
+
 @pytest.mark.parametrize("kind", ["np", "pt", "pil", "latent"])
 def test_output_types(kind, pipe):
     stream_ = stream(pipe, "a cat walks", num_frames=9, output_type=kind, **SIZE)
@@ -232,6 +259,15 @@ def test_pipelines_that_do_not_stream(pipe):
     refused("16 channels, got 4", vae=diffusers.AutoencoderKLWan(base_dim=4, z_dim=4, num_res_blocks=1))
     pipe.vae.enable_tiling()
     refused("tiling off")
+
+
+def test_a_pipeline_that_lacks_ftfy(pipe, monkeypatch):
+    def encode(*args, **kwargs):
+        raise NameError("name 'ftfy' is not defined", name="ftfy")
+
+    monkeypatch.setattr(pipe, "encode_prompt", encode)
+    with pytest.raises(ImportError, match="WanPipeline needs ftfy for prompts: pip install ftfy"):
+        stream(pipe, "a cat", **SIZE)
 
 
 def test_the_shift_is_the_schedulers_unless_given(pipe):

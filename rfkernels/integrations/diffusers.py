@@ -68,7 +68,7 @@ def stream(
 
     Raises:
         ValueError, TypeError: naming the argument; a pipeline with two transformers, or with image conditioning; a
-            scheduler that is not one of flow matching.
+            scheduler that is not one of flow matching. ImportError: ftfy, where the pipeline needs it.
     """
     if output_type not in _OUTPUTS:
         raise ValueError(f"output_type must be one of {_OUTPUTS}, got {output_type!r}")
@@ -231,9 +231,14 @@ def _encode(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Embeddings of the prompts and of the negative ones, by the pipeline."""
     texts = prompt if prompt is None or isinstance(prompt, str) else list(prompt)
-    return pipe.encode_prompt(
-        prompt=texts, prompt_embeds=prompt_embeds, max_sequence_length=max_sequence_length, **negative
-    )
+    try:
+        return pipe.encode_prompt(
+            prompt=texts, prompt_embeds=prompt_embeds, max_sequence_length=max_sequence_length, **negative
+        )
+    except NameError as error:  # some pipelines use it whether it is there or not
+        if error.name != "ftfy":
+            raise
+        raise ImportError(f"{type(pipe).__name__} needs ftfy for prompts: pip install ftfy") from error
 
 
 def _scheduler_shift(scheduler: Any) -> float:

@@ -25,9 +25,13 @@ class StreamingProcessor:
 
     Projections and norms are the attention's own, so that LoRA, quantised and fused ones work. The rotation that comes
     with a call is not used: it knows nothing of the frames before.
+
+    Args:
+        layer: ``cache[i]``; may be set later, and to that of another cache.
     """
 
-    layer: CacheLayer
+    def __init__(self, layer: CacheLayer | None = None):
+        self.layer: Any = layer
 
     def __call__(
         self,
@@ -188,7 +192,7 @@ class DiffusersWan:
     """diffusers' ``WanTransformer3DModel`` in place of a `CausalWan`, for `StreamingSampler` and loops like it.
 
     The transformer streams in calls of this object only, and is as it was between them: several samplers, and
-    pipelines, may take turns with it. It is called as it is, through hooks, adapters and ``torch.compile``.
+    pipelines, may take turns with it, pass by pass. It is called through hooks, adapters and ``torch.compile``.
 
     With guidance every pass has both prompts in one batch, and the cache a stream for each:
     ``flow = negative + guidance_scale * (positive - negative)``.
