@@ -7,7 +7,6 @@ Runs as it stands, in seconds and without a download: the pipeline is tiny, with
 import argparse
 
 import diffusers
-import numpy as np
 import tokenizers
 import torch
 import transformers
@@ -42,32 +41,33 @@ def tiny_pipeline() -> diffusers.WanPipeline:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--frames", type=int, default=45)
-    parser.add_argument("--out", default="video.mp4", help="needs imageio and imageio-ffmpeg; '' writes nothing")
+    parser.add_argument("--frames", type=int, default=45, help="default %(default)s")
+    parser.add_argument("--out", default="video.webp", help="an animated picture (.webp, .gif), default %(default)s")
     args = parser.parse_args()
 
     # A real one, whose transformer has the weights of a causal few-step model, not Wan's own:
     #   pipe = diffusers.WanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", torch_dtype=torch.bfloat16)
-    #   load_checkpoint(pipe.transformer, "self_forcing_dmd.pt")  # from rfkernels.models
+    #   rfkernels.models.load_checkpoint(pipe.transformer, "rewardforcing.pt")  # or Self Forcing's, LongLive's
     #   pipe.to("cuda")
     # or, with less memory, in place of the last line:
     #   pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
     #   pipe.enable_model_cpu_offload()
     pipe = tiny_pipeline()
 
-    # A real one: height=480, width=832, and shift=5.0, as such models were distilled; without max_sequence_length.
-    # Self Forcing: alpha=1.0 and sink_positions="absolute". Reward Forcing: alpha=0.999.
+    # A real one: height=480, width=832, shift=5.0, and no max_sequence_length. As published, Reward Forcing has
+    # alpha=0.999, Self Forcing and LongLive alpha=1.0 and sink_positions="absolute".
     video = stream(
-        pipe, "a cat walks", height=32, width=48, num_frames=args.frames, max_sequence_length=8, alpha=0.999, seed=1
-    )
-    chunks = []
-    for chunk in video:  # np.ndarray [1, n, height, width, 3] in 0..1, to be shown while the next one is made
-        chunks.append(chunk[0])
-        print(f"{sum(map(len, chunks))} frames, {video.sampler.cache.nbytes / 1e6:.2f} MB of cache")
-        if len(chunks) == 2:
+        pipe, "a cat walks", height=32, width=48, num_frames=args.frames, max_sequence_length=8, alpha=0.999, seed=1,
+        output_type="pil",
+    )  # fmt: skip
+    frames = []
+    for (chunk,) in video:  # of one prompt; pictures, to be shown while the next ones are made
+        frames += chunk
+        print(f"{len(frames)} frames, {video.sampler.cache.nbytes / 1e6:.2f} MB of cache")
+        if video.sampler.chunk == 2:
             video.switch("a dog sleeps")
-    if args.out:
-        diffusers.utils.export_to_video(list(np.concatenate(chunks)), args.out, fps=16)
+    # diffusers.utils.export_to_video(frames, "video.mp4", fps=16) needs imageio and imageio-ffmpeg.
+    frames[0].save(args.out, save_all=True, append_images=frames[1:], duration=1000 / 16)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from test_integrations_diffusers import lora
@@ -278,8 +279,10 @@ def test_the_shift_is_the_schedulers_unless_given(pipe):
 
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [EXAMPLE.name, "--frames", "30", "--out", ""])
+    monkeypatch.setattr(sys, "argv", [EXAMPLE.name, "--frames", "30"])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(",")[0] for line in lines] == ["9 frames", "21 frames", "30 frames"]
     assert len({line.partition(",")[2] for line in lines}) == 1  # the cache does not grow
+    with PIL.Image.open(tmp_path / "video.webp") as written:
+        assert written.n_frames == 30 and written.size == (48, 32)
