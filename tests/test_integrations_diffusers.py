@@ -250,6 +250,21 @@ def test_layerwise_casting():
     assert theirs.blocks[0].attn1.to_q.weight.dtype == torch.float8_e4m3fn
 
 
+def test_quantised():
+    """In int8 by torchao, as `CausalWan` with the same weights and quantisation."""
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = small(CPU, torch.float32)
+    theirs = diffusers_model(model)
+    plain = outputs(theirs)
+    for m in (model, theirs):
+        quantize_(m, Int8WeightOnlyConfig())
+    with patched.sinusoids(their_sinusoids):
+        torch.testing.assert_close(outputs(theirs), outputs(model), rtol=1e-4, atol=1e-4)
+    assert (outputs(theirs) - plain).abs().max() > 1e-3
+
+
 def lora(rank=2):
     return peft.LoraConfig(r=rank, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ffn.net.2"])
 

@@ -136,6 +136,26 @@ def test_without_end_and_another_prompt(pipe):
         next(one)
 
 
+def test_the_pipeline_is_its_own_between_chunks(pipe):
+    """Its own procedure gives what it gave; the stream goes on as without it, in inference mode too."""
+
+    def whole():
+        options = dict(height=32, width=48, num_frames=9, num_inference_steps=2, max_sequence_length=8)
+        return pipe("a cat", **options, output_type="latent", generator=torch.Generator().manual_seed(0)).frames
+
+    pipe.set_progress_bar_config(disable=True)
+    options = dict(num_frames=33, output_type="latent") | SIZE
+    expected, alone = list(stream(pipe, "a cat walks", **options)), whole()
+    got = []
+    for chunk in stream(pipe, "a cat walks", **options):
+        got.append(chunk)
+        assert torch.equal(whole(), alone)
+    with torch.inference_mode():
+        inferred = list(stream(pipe, "a cat walks", **options))
+    for one, two, three in zip(got, inferred, expected, strict=True):
+        assert torch.equal(one, three) and torch.equal(two, three)
+
+
 def test_snapshots_of_its_sampler(pipe):
     """With guidance, whose cache has twice the streams."""
     one = stream(pipe, "a cat walks", num_frames=None, guidance_scale=2.0, output_type="latent", **SIZE)

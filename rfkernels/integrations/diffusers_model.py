@@ -275,7 +275,7 @@ class DiffusersWan:
         Args:
             latents: ``[B, F, C, h, w]``.
             timesteps: in 0..1000, ``[B]``, or ``[B, F]`` with one for each frame, or a number for all.
-            context: what `encode_context` made of the prompt.
+            context: what `encode_context` made of the prompt; the pass is in its dtype.
             cache: of `make_cache`.
 
         Returns:
@@ -294,7 +294,7 @@ class DiffusersWan:
         times = times.repeat_interleave(cache.frame_tokens, 1) if given == (frames,) and frames > 1 else times[:, 0]
         checks.embeddings("context", context)
         checks.shape("context", context, batch=cache.batch_size, tokens=None, text_dim=self.config.text_dim)
-        x = latents.to(self.dtype).transpose(1, 2)
+        x = latents.to(context.dtype).transpose(1, 2)  # asking diffusers for its dtype takes milliseconds
         if self.negative is not None:
             x, times = torch.cat([x, x]), torch.cat([times, times])
         self._seam.check_pass(x, cache)
