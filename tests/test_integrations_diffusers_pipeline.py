@@ -216,7 +216,7 @@ def test_layers_stored_in_half(pipe):
 
 
 def test_a_lora_of_the_pipeline(pipe, tmp_path):
-    """Loaded from a file as diffusers writes it: the numbers of fused weights; unloaded, those from before."""
+    """From a file of diffusers: the numbers of fused weights, in mid-video too; unloaded, those from before."""
     plain = video(pipe, num_frames=21)
     pipe.transformer.add_adapter(lora())
     state = peft.get_peft_model_state_dict(pipe.transformer)
@@ -231,6 +231,20 @@ def test_a_lora_of_the_pipeline(pipe, tmp_path):
     pipe.unfuse_lora()
     pipe.unload_lora_weights()
     close(video(pipe, num_frames=21), plain)
+
+    results = []
+    for fused in (False, True):  # in the middle of a video
+        one = stream(pipe, "a cat walks", num_frames=33, output_type="pt", **SIZE)
+        close(next(one), plain[:, :9])
+        pipe.load_lora_weights(tmp_path)
+        if fused:
+            pipe.fuse_lora()
+        results.append(torch.cat(list(one), 1))
+        if fused:
+            pipe.unfuse_lora()
+        pipe.unload_lora_weights()
+    close(*results)
+    assert not torch.allclose(results[0][:, :12], plain[:, 9:], atol=1e-2)
 
 
 def test_offloaded_models_are_freed_at_the_end_and_when_closed(pipe, monkeypatch):
