@@ -13,6 +13,7 @@ from .. import checks
 from ..models.config import CausalWanConfig
 from ..models.progress import frames_bar
 from ..models.sampler import StreamingSampler
+from ..models.settings import StreamSettings
 from ..models.video import StreamingDecoder, encode_frames
 from .diffusers_model import DiffusersWan, Seam, StreamingProcessor, patch
 
@@ -77,6 +78,8 @@ def stream(
     config, space = _checked_config(pipe), pipe.vae_scale_factor_spatial
     _check_size(height, width, space, config.patch_size)
     shift = _scheduler_shift(pipe.scheduler) if shift is None else shift
+    StreamSettings.split({"shift": shift} | options)  # what is wrong is said before text is encoded
+    checks.integer("seed", seed, 0)
     decoder = None if output_type == "latent" else StreamingDecoder(pipe.vae)
     guided = checks.number("guidance_scale", guidance_scale, 1, math.inf) > 1
     _check_prompts(pipe, prompt, prompt_embeds, guided, negative_prompt, negative_prompt_embeds)
@@ -91,7 +94,7 @@ def stream(
     sampler = StreamingSampler(
         model, shift=shift, height=height // space, width=width // space, batch_size=len(context), **options
     )
-    sampler.seed = checks.integer("seed", seed, 0)
+    sampler.seed = seed
     latents = None
     if initial is not None:
         latents = _initial(pipe, initial, height, width, num_frames, len(context)).to(sampler.cache.device)
