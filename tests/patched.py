@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
+
+import torch
 
 import rfkernels as rf
 from rfkernels import backends
 from rfkernels.backends import library
+from rfkernels.models import wan
 
 
 def exact_backends() -> list[str]:
@@ -29,4 +32,11 @@ def serving(*names: str) -> Iterator[None]:
         for name in names:
             stack.enter_context(mock.patch.object(backends.module(name), "unavailable", lambda device: None))
         stack.enter_context(mock.patch.object(backends, "_choices", {}))
+        yield
+
+
+@contextlib.contextmanager
+def sinusoids(embedding: Callable[[torch.Tensor, int], torch.Tensor]) -> Iterator[None]:
+    """`CausalWan` embeds timesteps ``[...]`` as ``embedding(timesteps, size)`` ``[..., size]`` does."""
+    with mock.patch.object(wan, "_sinusoids", embedding):
         yield

@@ -33,6 +33,8 @@ def test_models_losses_and_training_are_imported_at_first_use():
         "assert rf.models.video.StreamingDecoder and rf.models.encode_prompts\n"
         "assert 'self_forcing' in dir(rf.integrations) and 'rfkernels.integrations.self_forcing' not in sys.modules\n"
         "assert rf.integrations.self_forcing.patch\n"
+        "assert 'diffusers' in dir(rf.integrations) and rf.integrations.diffusers.stream\n"
+        "assert 'diffusers' not in sys.modules and 'transformers' not in sys.modules\n"
     )
 
 

@@ -104,7 +104,7 @@ def test_a_source_distribution_holds_what_builds_and_tests_need(source_distribut
     with tarfile.open(source_distribution) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     single = {"setup.py", "pyproject.toml", "CMakeLists.txt", "Makefile", "README.md", "CHANGELOG.md", "LICENSE"}
-    folders = files_under("cmake", "csrc", "rfkernels", "benchmarks", "tests", "docs", "extras")
+    folders = files_under("cmake", "csrc", "rfkernels", "benchmarks", "tests", "docs", "examples", "extras")
     missing = (single | {name for name in folders if "/build/" not in name and ".egg-info/" not in name}) - names
     assert not missing
 

@@ -7,9 +7,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import self_forcing, transformers
+    from . import diffusers, self_forcing, transformers
 
-__all__ = ["self_forcing", "transformers"]
+__all__ = ["diffusers", "self_forcing", "transformers"]
 
 
 def __getattr__(name: str) -> ModuleType:

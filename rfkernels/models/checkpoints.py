@@ -7,15 +7,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from .config import CausalWanConfig
-from .reading import dequantised, described, is_lora, read_checkpoint, weights_folder
+from .reading import dequantised, described, is_lora, own_names, read_checkpoint, weights_folder
 from .wan import CausalWan
 from .wrappers import full, is_sharded, own_keys, plain_name, plain_state, sharded_like, unwrapped
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _TEXT_TO_VIDEO = ("t2v", "ti2v")
 # What a config has where there is another input than text: in Wan's names, diffusers', DiffSynth's and VideoX-Fun's.
@@ -27,11 +30,12 @@ _CHANNELS = (("in_dim", "in_channels"), ("out_dim", "out_channels"))
 
 
 def load_checkpoint(
-    model: CausalWan, path: str | os.PathLike[str], *, weights: str | None = None, assign: bool = False
-) -> CausalWan:
+    model: Model, path: str | os.PathLike[str], *, weights: str | None = None, assign: bool = False
+) -> Model:
     """Loads published or saved weights into ``model``, all or nothing.
 
     Args:
+        model: a `CausalWan`, or diffusers' ``WanTransformer3DModel``, before it is offloaded.
         path: a folder of safetensors, whole or sharded by an index (original Wan, diffusers, `save_checkpoint`; a
             diffusers pipeline's ``transformer`` is found), or a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file.
             Keys may start with ``model.`` or, as in ComfyUI's files, ``model.diffusion_model.``. Pickled files are
@@ -55,11 +59,11 @@ def load_checkpoint(
     return _load(model, read_checkpoint(path, weights), path, assign)
 
 
-def _load(model: CausalWan, state: dict[str, torch.Tensor], path: str | os.PathLike[str], assign: bool) -> CausalWan:
+def _load(model: Model, state: dict[str, torch.Tensor], path: str | os.PathLike[str], assign: bool) -> Model:
     """`load_checkpoint` for a state dict under Wan's own names, perhaps with scaled fp8 weights."""
     if is_lora(state):
         raise ValueError(f"{path} must hold a model's weights, got a LoRA: load it with load_lora(model, path)")
-    keys, held = own_keys(model), model.state_dict()
+    keys, held = own_names(own_keys(model)), model.state_dict()
     own = {name: held[key] for name, key in keys.items()}
     state = dequantised(state, None if assign else {name: x.dtype for name, x in own.items()}, path)
     shapes = [
@@ -157,25 +161,36 @@ def read_config(folder: str | os.PathLike[str], state: Mapping[str, torch.Tensor
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} must hold the transformer's config.json")
-    given = json.loads(file.read_text())
-    _check_architecture(given, file)
+    text = (state or {}).get("text_embedding.0.weight")
+    text_dim = text.shape[1] if text is not None and text.dim() == 2 else None
+    return config_of(json.loads(file.read_text()), file, text_dim)
+
+
+def config_of(given: Mapping[str, Any], what: object, text_dim: int | None = None) -> CausalWanConfig:
+    """The sizes in a configuration in Wan's or diffusers' names.
+
+    what: its file or object, for errors. text_dim: where it says none.
+
+    Raises:
+        ValueError: not a text-to-video Wan transformer.
+    """
+    _check_architecture(given, what)
     names = {"in_dim": "in_channels", "out_dim": "out_channels", "num_attention_heads": "num_heads"}
     sizes = {names.get(key, key): value for key, value in given.items()}
     if "attention_head_dim" in sizes:
         sizes["dim"] = sizes["num_heads"] * sizes["attention_head_dim"]
     if "dim" not in sizes:
-        raise ValueError(f"{file} must describe a Wan transformer, got {given.get('_class_name', 'no dim')}")
-    text = (state or {}).get("text_embedding.0.weight")
-    if "text_dim" not in sizes and text is not None and text.dim() == 2:
-        sizes["text_dim"] = text.shape[1]
+        raise ValueError(f"{what} must describe a Wan transformer, got {given.get('_class_name', 'no dim')}")
+    if "text_dim" not in sizes and text_dim is not None:
+        sizes["text_dim"] = text_dim
     sizes["qk_norm"] = bool(sizes.get("qk_norm", True))
     fields = CausalWanConfig.__dataclass_fields__
     return CausalWanConfig(**{key: value for key, value in sizes.items() if key in fields})
 
 
-def _check_architecture(given: dict[str, Any], file: Path) -> None:
-    """Raises unless a config.json is of the text-to-video transformer (which Wan 2.2's "ti2v" is too): the others take
-    more inputs, or have parts that this one lacks, and would be read in part without a word."""
+def _check_architecture(given: Mapping[str, Any], what: object) -> None:
+    """Raises unless it is of the text-to-video transformer (which Wan 2.2's "ti2v" is too): the others take more
+    inputs, or have parts that this one lacks, and would be read in part without a word."""
     kind, name = given.get("model_type", "t2v"), str(given.get("_class_name", ""))
     found = [f"{key}={given[key]!r}" for key in _CONDITIONED if given.get(key)]
     if kind not in _TEXT_TO_VIDEO:
@@ -187,11 +202,11 @@ def _check_architecture(given: dict[str, Any], file: Path) -> None:
         found.append(f"{channels[0]} input channels for {channels[1]} output channels")
     if found:
         raise ValueError(
-            f"{file} must describe a text-to-video Wan transformer, got one that is also conditioned on images or "
+            f"{what} must describe a text-to-video Wan transformer, got one that is also conditioned on images or "
             f"other inputs: {', '.join(found)}"
         )
     norm, window = given.get("qk_norm", True), given.get("window_size", (-1, -1))
     if norm not in (True, False, None, "rms_norm_across_heads"):
-        raise ValueError(f"{file} must have the qk_norm of Wan, 'rms_norm_across_heads' or none, got {norm!r}")
+        raise ValueError(f"{what} must have the qk_norm of Wan, 'rms_norm_across_heads' or none, got {norm!r}")
     if list(window) != [-1, -1]:
-        raise ValueError(f"{file} must have window_size [-1, -1]: the window is the cache's here, got {window}")
+        raise ValueError(f"{what} must have window_size [-1, -1]: the window is the cache's here, got {window}")

@@ -65,6 +65,19 @@ class CausalWanConfig:
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens in a latent frame of ``height`` x ``width``.
+
+        Raises:
+            ValueError: not divisible by the patch size.
+        """
+        _, rows, columns = self.patch_size
+        if height % rows or width % columns or min(height, width) < 1:
+            raise ValueError(
+                f"latent frames must be divisible by patches of {rows} x {columns}, got {height} x {width}"
+            )
+        return height // rows, width // columns
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> CausalWanConfig:
         """A published configuration (see `PRESETS`), with fields changed.

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from .. import checks
+from .checkpoints import Model
 from .reading import described, own_names, read_tensors
-from .wan import CausalWan
 from .wrappers import is_sharded, plain_name, unwrapped
 
 _KNOWN = ("generator_lora", "lora", "state_dict")
@@ -33,19 +33,20 @@ class _Layer(NamedTuple):
 
 
 def load_lora(
-    model: CausalWan,
+    model: Model,
     path: str | os.PathLike[str],
     *,
     alpha: float | None = None,
     strength: float = 1.0,
     adapter: str = "default",
-) -> CausalWan:
+) -> Model:
     """Puts a LoRA into ``model``, all or nothing, by PEFT: what it applies to stays as it was.
 
     Several add up, under names of their own. As PEFT has it, the LoRA's weights train and the others are frozen.
     `save_checkpoint` writes the model with them merged.
 
     Args:
+        model: a `CausalWan`, or diffusers' ``WanTransformer3DModel``, whose own methods know of the LoRA then.
         path: a ``.pt`` with LongLive's ``generator_lora``, or with a LoRA's state dict; a ``.safetensors`` file, or
             PEFT's folder with ``adapter_config.json``. Keys are PEFT's (``lora_A``, ``lora_B``), ComfyUI's
             (``diffusion_model.``, also ``lora_down``, ``lora_up``, ``alpha``), those with underscores for dots
@@ -93,6 +94,8 @@ def load_lora(
     peft.set_peft_model_state_dict(inner, state, adapter)
     for module in _adapted(inner):  # PEFT leaves the newest alone in force
         module.set_adapter([name for name in (*before, adapter) if name in module.lora_A])
+    if hasattr(inner, "_hf_peft_config_loaded"):  # what diffusers asks before it scales, fuses or disables one
+        inner._hf_peft_config_loaded = True
     return model
 
 
@@ -109,7 +112,7 @@ def _active(model: nn.Module) -> list[str]:
 
 
 def _own_layers(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
-    """Of each layer that a LoRA may be put around its plain name, its name in ``model``, and its weight."""
+    """Of each layer that a LoRA may be put around its own name in Wan, its name in ``model``, and its weight."""
     found = {}
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", module)
@@ -117,8 +120,8 @@ def _own_layers(model: nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
             if base.weight.is_meta or is_sharded(base.weight):
                 where = "on the meta device" if base.weight.is_meta else "sharded"
                 raise ValueError(f"model must hold its weights whole, got {name}.weight {where}: load LoRAs first")
-            found[plain_name(name)] = (name, base.weight)
-    return found
+            found[f"{plain_name(name)}.weight"] = (name, base.weight)
+    return {name.removesuffix(".weight"): layer for name, layer in own_names(found).items()}
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

@@ -10,12 +10,14 @@ import re
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
 
 from .wrappers import plain_name
+
+Named = TypeVar("Named")
 
 # diffusers' names, and ours. Its norm2 is Wan's norm3, which is the only norm of a block that has weights.
 _FROM_DIFFUSERS = (
@@ -101,7 +103,7 @@ def unpickled(path: Path) -> Any:
         ) from error
 
 
-def own_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def own_names(state: dict[str, Named]) -> dict[str, Named]:
     """``state`` under Wan's own names, without those of wrappers and of what held the model."""
     state = {_without_holders(key): tensor for key, tensor in state.items()}
     if any(name.startswith("condition_embedder.") or ".attn1." in name or ".attn2." in name for name in state):

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from .. import checks
+from ..cache import EMASinkCache
 from ..contract.requests import accumulate_dtype
 from ..draws import Generators, draw, keyed_generator
 from .progress import frames_bar
 from .settings import StreamSettings
-from .wan import KV, CausalWan
+from .wan import KV
 from .wrappers import unwrapped
 
 TextContext = torch.Tensor | Sequence[KV]  # embeddings [B, n, text_dim], or what CausalWan.encode_context made of them
+
+
+class StreamModel(Protocol):
+    """What a `StreamingSampler` asks of a model: of a `CausalWan`, or of an adapter to another transformer.
+
+    ``config.in_channels`` are the latents'; what ``encode_context`` makes of embeddings ``[B, n, text_dim]`` comes back
+    as the third argument of each pass; a pass gives the flow of ``[B, F, C, h, w]``, the open chunk of the cache.
+    """
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def parameters(self) -> Iterator[torch.Tensor]: ...
+    def make_cache(self, batch_size: int, height: int, width: int, **options: Any) -> EMASinkCache: ...
+    def encode_context(self, context: torch.Tensor) -> Any: ...
+    def __call__(self, latents: torch.Tensor, timesteps: torch.Tensor, context: Any, cache: EMASinkCache, /) -> Any: ...
 
 
 class StreamingSampler:
@@ -26,7 +44,7 @@ class StreamingSampler:
     only, whatever the batch. Nothing is differentiated.
 
     Args:
-        model: the transformer, or ``torch.compile`` of it.
+        model: the transformer, or ``torch.compile`` of it, or what stands for one (`StreamModel`).
         steps, shift: the denoising steps, see `StreamSettings`.
         height, width: of a latent frame. batch_size: streams.
         streams: their numbers, which with the seed decide their noise; default 0..batch_size - 1.
@@ -43,7 +61,7 @@ class StreamingSampler:
 
     def __init__(
         self,
-        model: CausalWan,
+        model: StreamModel,
         steps: Sequence[float] = (1000, 750, 500, 250),
         shift: float = 5.0,
         *,
@@ -66,7 +84,7 @@ class StreamingSampler:
         self.dtype, self.shape = accumulate_dtype(model.dtype), (model.config.in_channels, height, width)
         self.cache = model.make_cache(batch_size, height, width, **settings.cache, **cache_options)
         self._given: TextContext | None = None  # the prompt in force
-        self._keys: Sequence[KV] | None = None  # of it, by weights and prompt of the versions `_encoded_by`
+        self._keys: Any = None  # what the model made of it, by weights and prompt of the versions `_encoded_by`
         self._encoded_by: tuple[tuple[int, ...], int] = ((), 0)
         self.seed = 0
         self._forget()
@@ -200,18 +218,18 @@ class StreamingSampler:
         self.cache.begin_chunk(frames, reopen=self._unfinished)
         self._unfinished = frames
 
-    def _finish(self, clean: torch.Tensor, kv: Sequence[KV], noise: Iterator[torch.Tensor]) -> None:
+    def _finish(self, clean: torch.Tensor, kv: Any, noise: Iterator[torch.Tensor]) -> None:
         """The pass that leaves the clean chunk in the cache."""
         self._write(clean, kv, noise)
         self._recent = torch.cat([self._recent, clean], 1)[:, -self.cache.window_frames :].contiguous()
         self.chunk, self.frames, self._unfinished = self.chunk + 1, self.frames + clean.shape[1], 0
 
-    def _write(self, clean: torch.Tensor, kv: Sequence[KV], noise: Iterator[torch.Tensor]) -> None:
+    def _write(self, clean: torch.Tensor, kv: Any, noise: Iterator[torch.Tensor]) -> None:
         if self.settings.add_context_noise and self.settings.context_noise:
             clean = self.schedule.add_noise(clean, next(noise), self.settings.context_noise)
         self._flow(clean, self.settings.context_noise, kv)
 
-    def _flow(self, x: torch.Tensor, timestep: float, kv: Sequence[KV]) -> torch.Tensor:
+    def _flow(self, x: torch.Tensor, timestep: float, kv: Any) -> torch.Tensor:
         return self.model(x, torch.full((len(x),), timestep, device=x.device), kv, self.cache)
 
     def _noise(self, frames: int, generator: torch.Generator | None = None, again: int = 0) -> Iterator[torch.Tensor]:
@@ -227,7 +245,7 @@ class StreamingSampler:
             yield draw(torch.randn, size, own, self.cache.device, torch.float32).to(self.dtype)
 
     @torch.no_grad()
-    def _encoded(self, context: TextContext | None, anew: bool = False) -> Sequence[KV]:
+    def _encoded(self, context: TextContext | None, anew: bool = False) -> Any:
         """The prompt's keys and values; kept for as long as the prompt and the weights are the same."""
         checks.no_text("context", context)
         given = self._given if context is None else context

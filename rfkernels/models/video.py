@@ -55,9 +55,7 @@ class StreamingDecoder:
             ValueError: other channels than the VAE has; tiling or slicing of the VAE.
         """
         self._check()
-        hook: Any = getattr(self.vae, "_hf_hook", None)
-        if hasattr(hook, "pre_forward"):  # offloaded: brought to its device, as before its own decode
-            hook.pre_forward(self.vae)
+        _bring(self.vae)
         config, like = self.vae.config, dict(device=self.vae.device, dtype=self.vae.dtype)
         checks.tensor("latents", latents, 5)
         checks.shape("latents", latents, batch=None, frames=None, channels=config.z_dim, height=None, width=None)
@@ -74,6 +72,13 @@ class StreamingDecoder:
         return out.clamp(-1, 1).transpose(1, 2)
 
 
+def _bring(vae: Any) -> None:
+    """Offloaded by accelerate: to the device where it computes, as its own encode and decode do first."""
+    hook: Any = getattr(vae, "_hf_hook", None)
+    if hasattr(hook, "pre_forward"):
+        hook.pre_forward(vae)
+
+
 @torch.no_grad()
 def encode_frames(vae: Any, frames: torch.Tensor) -> torch.Tensor:
     """Latents ``[B, F, C, h, w]`` as the transformer has them (normalised) of frames ``[B, n, 3, H, W]`` in -1..1.
@@ -87,9 +92,11 @@ def encode_frames(vae: Any, frames: torch.Tensor) -> torch.Tensor:
     """
     checks.tensor("frames", frames, 5)
     checks.shape("frames", frames, batch=None, frames=None, channels=3, height=None, width=None)
-    config, like = vae.config, dict(device=vae.device, dtype=vae.dtype)
+    config = vae.config
     if frames.shape[1] % config.scale_factor_temporal != 1:
         raise ValueError(f"frames must be 1 + {config.scale_factor_temporal} * n of them, got {frames.shape[1]}")
+    _bring(vae)
+    like = dict(device=vae.device, dtype=vae.dtype)
     mean, std = (torch.tensor(c, **like)[:, None, None, None] for c in (config.latents_mean, config.latents_std))
     latents = vae.encode(frames.transpose(1, 2).to(**like)).latent_dist.mode()
     return ((latents - mean) / std).transpose(1, 2).contiguous()

@@ -254,17 +254,8 @@ class CausalWan(nn.Module):
         return weight.device if device is None else torch.empty(0, device=device).device  # with its index
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens in a latent frame of ``height`` x ``width``.
-
-        Raises:
-            ValueError: not divisible by the patch size.
-        """
-        _, rows, columns = self.config.patch_size
-        if height % rows or width % columns or min(height, width) < 1:
-            raise ValueError(
-                f"latent frames must be divisible by patches of {rows} x {columns}, got {height} x {width}"
-            )
-        return height // rows, width // columns
+        """Rows and columns of tokens in a latent frame, see `CausalWanConfig.grid`."""
+        return self.config.grid(height, width)
 
     def rope(self, height: int, width: int) -> Rope3D:
         """The rotary embedding for latent frames of ``height`` x ``width``."""
@@ -278,12 +269,8 @@ class CausalWan(nn.Module):
 
         ``options`` are the cache's: sink_frames (3), window_frames (6), alpha, sink_dtype, sink_positions, ...
         """
-        defaults: dict[str, Any] = {"sink_frames": 3, "window_frames": 6, "dtype": self.dtype, "device": self.device}
-        return EMASinkCache(
-            num_layers=self.config.num_layers, batch_size=batch_size, num_kv_heads=self.config.num_heads,
-            head_dim=self.config.head_dim, frame_tokens=math.prod(self.grid(height, width)),
-            rope=self.rope(height, width), **(defaults | options),
-        )  # fmt: skip
+        own = {"rope": self.rope(height, width), "dtype": self.dtype, "device": self.device}
+        return new_cache(self.config, batch_size, height, width, **(own | options))
 
     def encode_context(self, context: torch.Tensor) -> list[KV]:
         """Keys and values of every layer's cross-attention to text embeddings ``[B, n, text_dim]``, once per prompt."""
@@ -324,7 +311,7 @@ class CausalWan(nn.Module):
             return [block(None, None, None, embedded) for block in self.blocks]
         batch, frames, _, height, width = self._check_latents("latents", latents)
         grid = self.grid(height, width)
-        timesteps = self._check_timesteps(timesteps, batch, frames)
+        timesteps = frame_timesteps(timesteps, batch, frames, self.device)
         attends = self._attends(grid, latents, cache, contexts, mask, clean)
         texts: Sequence[torch.Tensor | KV]
         if isinstance(context, torch.Tensor):
@@ -414,22 +401,6 @@ class CausalWan(nn.Module):
         checks.shape(name, latents, B=None, F=None, C=self.config.in_channels, h=None, w=None)
         return latents.shape
 
-    def _check_timesteps(self, timesteps: torch.Tensor | float | None, batch: int, frames: int) -> torch.Tensor:
-        if not isinstance(timesteps, torch.Tensor) and checks.is_real(timesteps):
-            timesteps = torch.full((batch,), float(timesteps), device=self.device)
-        if not isinstance(timesteps, torch.Tensor):
-            got = "None" if timesteps is None else type(timesteps).__name__
-            raise TypeError(
-                f"timesteps must be a tensor [B={batch}] or [B, F={frames}], or a number for all, got {got}"
-            )
-        if timesteps.dim() == 0:
-            timesteps = timesteps.expand(batch)
-        if timesteps.shape == (batch,):
-            timesteps = timesteps[:, None]
-        if timesteps.shape not in ((batch, 1), (batch, frames)):
-            raise ValueError(f"timesteps must be [B={batch}] or [B, F={frames}], got shape {tuple(timesteps.shape)}")
-        return timesteps.expand(batch, frames)
-
     def _embedded(self, context: torch.Tensor | Sequence[KV], batch: int | None = None) -> torch.Tensor:
         text = checks.embeddings("context", context, self.device)
         checks.shape("context", text, batch=batch, tokens=None, text_dim=self.config.text_dim)
@@ -442,6 +413,41 @@ class CausalWan(nn.Module):
         for name, x in zip(("context's k", "context's v"), context[0], strict=True):
             checks.tensor(name, x, 4, self.device)
             checks.shape(name, x, batch=batch, tokens=None, heads=heads, head_dim=head_dim)
+
+
+def new_cache(config: CausalWanConfig, batch_size: int, height: int, width: int, **options: Any) -> EMASinkCache:
+    """An `EMASinkCache` for a transformer of these sizes and latent frames of ``height`` x ``width``; further arguments
+    are the cache's."""
+    rows, columns = config.grid(height, width)
+    defaults: dict[str, Any] = {"sink_frames": 3, "window_frames": 6}
+    if "rope" not in options:
+        defaults["rope"] = Rope3D(config.head_dim, rows, columns, theta=config.rope_theta)
+    return EMASinkCache(
+        num_layers=config.num_layers, batch_size=batch_size, num_kv_heads=config.num_heads, head_dim=config.head_dim,
+        frame_tokens=rows * columns, **(defaults | options),
+    )  # fmt: skip
+
+
+def frame_timesteps(
+    timesteps: torch.Tensor | float | None, batch: int, frames: int, device: torch.device
+) -> torch.Tensor:
+    """``[B, F]`` of timesteps given as in `CausalWan.forward`.
+
+    Raises:
+        ValueError, TypeError: naming timesteps.
+    """
+    if not isinstance(timesteps, torch.Tensor) and checks.is_real(timesteps):
+        timesteps = torch.full((batch,), float(timesteps), device=device)
+    if not isinstance(timesteps, torch.Tensor):
+        got = "None" if timesteps is None else type(timesteps).__name__
+        raise TypeError(f"timesteps must be a tensor [B={batch}] or [B, F={frames}], or a number for all, got {got}")
+    if timesteps.dim() == 0:
+        timesteps = timesteps.expand(batch)
+    if timesteps.shape == (batch,):
+        timesteps = timesteps[:, None]
+    if timesteps.shape not in ((batch, 1), (batch, frames)):
+        raise ValueError(f"timesteps must be [B={batch}] or [B, F={frames}], got shape {tuple(timesteps.shape)}")
+    return timesteps.expand(batch, frames)
 
 
 def _sinusoids(timesteps: torch.Tensor, size: int) -> torch.Tensor:
