@@ -58,6 +58,14 @@ def run_window(backend: str, device: torch.device, dtype: torch.dtype, case: tup
     compare(str(case), *results, dtype)
 
 
+def run_constant(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Values of 1 give 1: weights are rounded to the nearest, for truncated ones sum to a unit less."""
+    q, k = (torch.randn(1, tokens, 1, HEAD_DIM, device=device).to(dtype) for tokens in (128, 512))
+    with rf.use_backend(backend):
+        out = rf.sink_window_attention(q, k, torch.ones_like(k), sink_tokens=0, window_tokens=None, chunk_tokens=512)
+    assert torch.equal(out, torch.ones_like(out))
+
+
 def run_stream(
     backend: str, device: torch.device, dtype: torch.dtype, case: tuple[int, int], slope: float, chunk: bool
 ) -> None:

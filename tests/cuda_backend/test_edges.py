@@ -36,3 +36,9 @@ def test_windows(device, emulated, case, slope, hopper):
 def test_streams(device, emulated, case, chunk, slope, hopper):
     with kernels(emulated, hopper):
         edges.run_stream("cuda", device, torch.bfloat16, case, slope, chunk)
+
+
+@each_kernel
+def test_weights_are_rounded_to_the_nearest(device, emulated, hopper):
+    with kernels(emulated, hopper):
+        edges.run_constant("cuda", device, torch.bfloat16)

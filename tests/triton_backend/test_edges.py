@@ -20,3 +20,7 @@ def test_windows(device, case, slope):
 @pytest.mark.parametrize("case", edges.STREAMS[::3], ids=str)
 def test_streams(device, case, chunk, slope):
     edges.run_stream("triton", device, torch.float16, case, slope, chunk)
+
+
+def test_weights_are_rounded_to_the_nearest(device):
+    edges.run_constant("triton", device, torch.float16)
