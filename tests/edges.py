@@ -26,6 +26,9 @@ WINDOWS = [
         (192 + keys, 256 + keys, 64 + sinks, 64, 1) for keys, sinks in itertools.product(AROUND, (-1, 1))
     ),  # two segments
     *((128, 256, 64 + sinks, 64 - sinks, 32) for sinks in AROUND),
+    # From the first key of the first row to that of the last: 64 and 128, and their neighbours.
+    *((65 + rows, 300, 3, 150, 1) for rows in AROUND),
+    *((128, 600, 5, 300, 128 + tokens) for tokens in AROUND),
 ]
 # Tokens of a frame and frames before the open one.
 STREAMS = [*((128 + tokens, 1) for tokens in AROUND), *((64 + tokens, 2) for tokens in AROUND), (65, 11), (63, 11)]
