@@ -245,7 +245,7 @@ class EMASinkCache:
             self.num_frames += new if advancing is None else advancing * new
         self.open_frames = frames
         self._set_ages(ages)
-        self._forget_contexts()
+        self._opened(backend)
 
     def _notice_unwritten(self, reopen: int) -> None:
         """Warns, once, where a chunk ends that no layer has written: `begin_chunk` is likely called once a pass."""
@@ -284,6 +284,15 @@ class EMASinkCache:
         self._require_chunk()
         sizes = (self.batch_size, self.open_frames * self.frame_tokens, self.num_kv_heads, self.head_dim)
         checks.chunk(sizes, self.device, tensors)
+
+    def _opened(self, backend: str | None = None) -> None:
+        """After every change of the lengths: what was made of them is out of date."""
+        self._forget_contexts()
+        if self.open_frames and not torch.compiler.is_compiling():
+            kind = self.device, self.dtype, self.head_dim
+            chunk = self.num_frames, self.open_frames, self._rope_tables, self._geometry
+            with torch.no_grad():
+                backends.prepare_chunk(kind, backend, *chunk)
 
     def _forget_contexts(self) -> None:
         self._contexts: dict[int, Context] = {}  # of the open chunk, by layer
@@ -357,7 +366,7 @@ class EMASinkCache:
         self._written = True
         if len(chosen) == self.batch_size:
             self.open_frames = 0
-        self._forget_contexts()
+        self._opened()
 
     def state_dict(self) -> dict[str, Any]:
         """The tensors (not copied, as in a torch module), the host's state and the geometry they belong to."""
@@ -380,7 +389,7 @@ class EMASinkCache:
                 x.copy_(state[name])
         self.open_frames, self._written = frames, True
         self._set_ages(ages)
-        self._forget_contexts()
+        self._opened()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and copy make a cache anew: layers stay views of its tensors. Contexts are left behind."""

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -153,6 +153,20 @@ def _choose(
 # What torch.compiler.assume_constant_result sets, which imports the compiler: predicates look at the device and at
 # Triton's settings, which cannot be traced. Their arguments are constants of the trace, or guarded.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def prepare_chunk(cache_kind: tuple[torch.device, torch.dtype, int], backend: str | None, *chunk: Any) -> None:
+    """Tells backends that passes over a chunk will follow: those with a ``prepare_chunk``, and whether it is theirs.
+
+    chunk: num_frames, its frames, rope tables and geometry.
+    """
+    try:
+        chosen = choose("streaming_attention", *cache_kind, backend).backend
+    except UnservedError:  # named for begin_chunk alone
+        chosen = ""
+    for name, candidate in _MODULES.items():
+        if prepare := getattr(candidate, "prepare_chunk", None):
+            prepare(*chunk, chosen=name == chosen)
 
 
 def _refusal(name: str, operation: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:
