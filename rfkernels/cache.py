@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import backends, cache_state, checks, wan_config
+from . import addresses, backends, cache_state, checks, wan_config
 from .contexts import Context, freeze
 from .contract import ops
 from .contract.geometry import CacheGeometry
@@ -24,6 +24,8 @@ class CacheLayer:
         k, v, *sinks = cache._tensors
         sink_k, sink_v = (None if x is None else x[index] for x in sinks)
         self._tensors = CacheTensors(k[index], v[index], sink_k, sink_v)
+        if not torch.compiler.is_compiling():
+            addresses.fixed(*self._tensors)
 
     @property
     def k(self) -> torch.Tensor:
@@ -177,6 +179,7 @@ class EMASinkCache:
             zeros(self.sink_frames, own_dtype) if own_v else None,
         )
         self.num_frames = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
+        addresses.fixed(*self._tensors, self.num_frames)
         self._decay = None
         if not static:
             alpha = torch.tensor(self._alphas, dtype=torch.float64)
