@@ -21,8 +21,8 @@ ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
 def strided(x: torch.Tensor) -> Strided:
     """``x [B, N, H, D]``, or ``[L, B, N, H, D]``, as a kernel's argument."""
-    *layer, sample, token, head, _ = x.stride()
-    return Strided(x, sample, token, head, layer[0] if layer else NO_LAYERS)
+    sample, token, head, _ = x.stride()[-4:]
+    return Strided(x, sample, token, head, x.stride(0) if x.dim() == 5 else NO_LAYERS)
 
 
 def key_values(k: torch.Tensor, v: torch.Tensor) -> KeyValues:
