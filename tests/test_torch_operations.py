@@ -111,6 +111,30 @@ def advance(cache: rf.EMASinkCache, chunks: int, frames: int = 2) -> list[torch.
     return outs
 
 
+@pytest.mark.parametrize("what", ["begin", "reset", "restore"])
+def test_want_of_memory_for_what_passes_share(what, monkeypatch):
+    """It is computed before anything changes."""
+    cache = small(batch_size=2)
+    advance(cache, 4)
+    saved = cache.snapshot()
+    advance(cache, 1)
+    before = cache.snapshot()
+
+    def fails(*arguments):
+        raise MemoryError
+
+    calls = {
+        "begin": lambda: cache.begin_chunk(2),
+        "reset": lambda: cache.reset(samples=[1]),
+        "restore": lambda: cache.restore(saved),
+    }
+    monkeypatch.setattr(tables, "_computed", fails)
+    with pytest.raises(MemoryError):
+        calls[what]()
+    after = cache.snapshot()
+    assert all(torch.equal(x, after[n]) if isinstance(x, torch.Tensor) else x == after[n] for n, x in before.items())
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_a_chunk_that_could_not_begin_begins_again(failing, monkeypatch):
     """Want of memory in the first layer's sums or images: the cache is as it was."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -155,18 +155,20 @@ def _choose(
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def prepare_chunk(cache_kind: tuple[torch.device, torch.dtype, int], backend: str | None, *chunk: Any) -> None:
-    """Tells backends that passes over a chunk will follow: those with a ``prepare_chunk``, and whether it is theirs.
+def prepare_chunk(
+    cache_kind: tuple[torch.device, torch.dtype, int], backend: str | None, *chunk: Any
+) -> list[Callable[[], None]]:
+    """Tells the backends with a ``prepare_chunk`` that a chunk is about to open, and whether its passes are theirs.
 
-    chunk: num_frames, its frames, rope tables and geometry.
+    chunk: num_frames, what it will be, frames, rope tables and geometry. Returns what to call once the chunk is open.
     """
     try:
         chosen = choose("streaming_attention", *cache_kind, backend).backend
-    except UnservedError:  # named for begin_chunk alone
+    except ValueError:  # the name is judged where it is used; one may be for begin_chunk alone
         chosen = ""
-    for name, candidate in _MODULES.items():
-        if prepare := getattr(candidate, "prepare_chunk", None):
-            prepare(*chunk, chosen=name == chosen)
+    prepares = ((name, getattr(candidate, "prepare_chunk", None)) for name, candidate in _MODULES.items())
+    commits = [prepare(*chunk, chosen=name == chosen) for name, prepare in prepares if prepare is not None]
+    return [commit for commit in commits if commit is not None]
 
 
 def _refusal(name: str, operation: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:

@@ -7,7 +7,7 @@ has been written) is attended under a mask, and cache updates are torch operatio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -73,16 +73,21 @@ def write(request: Write) -> None:
 
 
 def prepare_chunk(
-    num_frames: torch.Tensor, frames: int, rope: RopeTables | None, geometry: CacheGeometry, chosen: bool
-) -> None:
-    """Computes what the passes over a chunk that has just been opened share, where torch's operations serve them.
+    num_frames: torch.Tensor,
+    after: Callable[[], torch.Tensor],
+    frames: int,
+    rope: RopeTables | None,
+    geometry: CacheGeometry,
+    chosen: bool,
+) -> Callable[[], None] | None:
+    """Computes what the passes over a chunk share, where torch's operations serve them.
 
-    chosen: this backend is the one of its passes. Where it was for an earlier chunk, a captured graph may rely on it.
+    after: what num_frames will be. chosen: this backend is the one of its passes. Where it was for an earlier chunk, a
+    captured graph may rely on it. Returns what to call once the chunk is open.
     """
-    if native.serves(num_frames) and dense.has_flash():
-        return
-    if chosen or tables.prepared(num_frames, frames):
-        tables.prepare_chunk(num_frames, frames, rope, geometry)
+    if (native.serves(num_frames) and dense.has_flash()) or not (chosen or tables.prepared(num_frames, frames)):
+        return None
+    return tables.prepare_chunk(num_frames, after(), frames, rope, geometry)
 
 
 def _readable(request: Write) -> Write:

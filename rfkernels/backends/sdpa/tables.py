@@ -1,11 +1,12 @@
 """What all layers and passes of an open chunk have in common: where its frames go, and the factors that rotate them.
 
-`prepare_chunk` computes it once a chunk, into tensors whose addresses stay: a captured CUDA graph reads what the next
+`prepare_chunk` computes it once a chunk, for tensors whose addresses stay: a captured CUDA graph reads what the next
 chunk has left there. It is found again by the tensor of lengths, and only while those are what it was computed from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,16 +47,26 @@ def _computed(num_frames: torch.Tensor, frames: int, rope: RopeTables | None, ge
     return ChunkTables(opened, samples, slots, turn)
 
 
-def prepare_chunk(num_frames: torch.Tensor, frames: int, rope: RopeTables | None, geometry: CacheGeometry) -> None:
-    """Computes the tables of a chunk that has just been opened, for `chunk_tables` to find."""
-    kept: dict[int, _Kept] = _kept.setdefault(num_frames, {})
+def prepare_chunk(
+    num_frames: torch.Tensor, after: torch.Tensor, frames: int, rope: RopeTables | None, geometry: CacheGeometry
+) -> Callable[[], None]:
+    """Computes the tables of a chunk that opens when ``num_frames`` becomes ``after``.
+
+    Returns what puts them where `chunk_tables` finds them, to be called then. It takes no memory.
+    """
     with torch.inference_mode(False):  # kept beyond the call
-        old, tables = kept.get(frames), _computed(num_frames, frames, rope, geometry)
-    if old is not None and old.rope is rope and old.geometry == geometry:
-        for mine, new in zip(_tensors(old.tables), _tensors(tables), strict=True):
-            mine.copy_(new)
-        tables = old.tables
-    kept[frames] = _Kept(tables, rope, geometry, num_frames._version)
+        fresh = _computed(after, frames, rope, geometry)
+
+    def commit() -> None:
+        kept: dict[int, _Kept] = _kept.setdefault(num_frames, {})
+        old, tables = kept.get(frames), fresh
+        if old is not None and old.rope is rope and old.geometry == geometry:
+            for mine, new in zip(_tensors(old.tables), _tensors(fresh), strict=True):
+                mine.copy_(new)
+            tables = old.tables
+        kept[frames] = _Kept(tables, rope, geometry, num_frames._version)
+
+    return commit
 
 
 def prepared(num_frames: torch.Tensor, frames: int) -> bool:
