@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="only print the names of the rows")
     parser.add_argument("--seconds", type=float, help="of timing for each row (default 2, quick 1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--cuda-graph", action="store_true", help="on a GPU, time replays of a captured graph")
+    parser.add_argument(
+        "--cuda-graph", action="store_true", help="on a GPU, time replays of captured graphs (e2e: passes)"
+    )
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument("--keep-memory", action="store_true", help="tell glibc to keep freed memory (see the README)")
     parser.add_argument("--no-compile", action="store_true", help="leave out what compiles for many seconds")
@@ -143,6 +145,8 @@ def _run_model(args: argparse.Namespace, console, device) -> int:
         raise ValueError(f"--preset must be one of {sorted(PRESETS)}, got {preset!r}")
     if args.chunks < 1:
         raise ValueError(f"--chunks must be at least 1, got {args.chunks}")
+    if args.cuda_graph and (args.what, device.type) != ("e2e", "cuda"):
+        raise ValueError(f"--cuda-graph is for operations, and for e2e on a GPU, got {args.what} on {device.type}")
     found = {"environment": environment(device, preset=preset), "rows": []}
     report.show_environment(console, found["environment"])
     timer = make_timer(device)
@@ -150,7 +154,8 @@ def _run_model(args: argparse.Namespace, console, device) -> int:
         if args.what == "model":
             found["model"] = model.phases(preset, device, timer)
         else:
-            found["e2e"] = model.end_to_end(preset, device, timer, 4 if args.quick else args.chunks, args.compile)
+            chunks = 4 if args.quick else args.chunks
+            found["e2e"] = model.end_to_end(preset, device, timer, chunks, args.compile, args.cuda_graph)
     (report.show_phases if args.what == "model" else report.show_stream)(console, found[args.what])
     if args.json:
         report.save(args.json, found)

@@ -115,7 +115,7 @@ def on_gpu(architecture: str, library: Callable[[], str | None]) -> Iterator[Ste
     yield Step("bench", "the other operations", {"bench": rows}, 120)
     model = {"pass": (*BENCH, "model", "--json", RESULT)}
     yield Step("model", "a pass of the 1.3B model by phase, random weights", model, 60, decides=False)
-    for name, option in (("eager", ()), ("compiled", ("--compile",))):
+    for name, option in (("eager", ()), ("compiled", ("--compile",)), ("graphs", ("--cuda-graph",))):
         stream = {"stream": (*BENCH, "e2e", *option, "--quick", "--json", RESULT)}
         yield Step(f"e2e-{name}", f"frames/s of the 1.3B sizes, {name}, random weights", stream, 120, decides=False)
     for name, kernel in (("cuda", "rf_attention_forward"), ("triton", "^forward_kernel")):

@@ -152,7 +152,9 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {f"p{p}": values[min(len(values) - 1, round(p / 100 * (len(values) - 1)))] for p in (50, 95, 99)}
 
 
-def end_to_end(preset: str, device: torch.device, timer: Timer, chunks: int = 20, compile: bool = False) -> dict:
+def end_to_end(
+    preset: str, device: torch.device, timer: Timer, chunks: int = 20, compile: bool = False, cuda_graph: bool = False
+) -> dict:
     """A stream: the seconds of every part of ``chunks`` chunks with a full window, after one warm-up video.
 
     text: embeddings to keys and values of all layers, once a prompt (the text encoder itself is another model, not
@@ -160,7 +162,8 @@ def end_to_end(preset: str, device: torch.device, timer: Timer, chunks: int = 20
     """
     model = make(preset, device)
     height, width = (20, 20) if device.type == "cpu" and preset != "tiny" else SIZES[preset]
-    sampler = StreamingSampler(torch.compile(model) if compile else model, height=height, width=width)
+    made = torch.compile(model) if compile else model
+    sampler = StreamingSampler(made, height=height, width=width, cuda_graph=cuda_graph)
     decoder, no_decoder = make_decoder(preset, device)
     marks = Phases(timer)
     sampler._flow = marks.wrap(sampler._flow, "pass")
@@ -204,7 +207,7 @@ def end_to_end(preset: str, device: torch.device, timer: Timer, chunks: int = 20
     alone = percentiles([total - decode for total, decode in zip(totals, decodes, strict=True)])
     result = {
         "preset": preset, "layers": model.config.num_layers, "latent": [height, width], "chunks": chunks,
-        "decoder": no_decoder or "diffusers' AutoencoderKLWan", "compiled": compile,
+        "decoder": no_decoder or "diffusers' AutoencoderKLWan", "compiled": compile, "CUDA graphs": cuda_graph,
         "parts": {"text, once a prompt": stats([first["text"]])._asdict()}
         | {name: stats([row[name] for row in rows])._asdict() for name in parts},
         "chunk": steady,

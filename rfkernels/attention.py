@@ -65,8 +65,12 @@ def streaming_attention(
     choice = backends.choose("streaming_attention", cache.device, cache.dtype, cache.head_dim, backend)
     full = choice.reads_full and cache.full  # not asked for otherwise: a compiled caller would depend on it
     request = StreamingAttention(q, layer._write_request(k, v), scale, full, return_lse)
-    out, lse = ops.streaming_attention(request, choice.backend)
-    out = out.to(v.dtype)
+    if ops.unobserved(q, k, v, cache.k):
+        out, lse = ops.streaming_body(backends.module(choice.backend).streaming_attention, request)
+    else:
+        out, lse = ops.streaming_attention(request, choice.backend)
+    if out.dtype != v.dtype:
+        out = out.to(v.dtype)
     return (out, lse) if return_lse else out
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from . import backends, cache_state, checks, wan_config
+from . import addresses, backends, cache_state, checks, wan_config
 from .contexts import Context, freeze
 from .contract import ops
 from .contract.geometry import CacheGeometry
@@ -24,6 +24,8 @@ class CacheLayer:
         k, v, *sinks = cache._tensors
         sink_k, sink_v = (None if x is None else x[index] for x in sinks)
         self._tensors = CacheTensors(k[index], v[index], sink_k, sink_v)
+        if not torch.compiler.is_compiling():
+            addresses.fixed(*self._tensors)
 
     @property
     def k(self) -> torch.Tensor:
@@ -177,6 +179,7 @@ class EMASinkCache:
             zeros(self.sink_frames, own_dtype) if own_v else None,
         )
         self.num_frames = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
+        addresses.fixed(*self._tensors, self.num_frames)
         self._decay = None
         if not static:
             alpha = torch.tensor(self._alphas, dtype=torch.float64)
@@ -214,7 +217,7 @@ class EMASinkCache:
         Raises:
             ValueError, TypeError, IndexError: naming the argument; the cache is then unchanged.
         """
-        chosen = self._samples(samples)
+        chosen = checks.samples(samples, self.batch_size)
         frames = checks.integer("frames", frames, 1, self._geometry.capacity)
         seen = min((self.ages[b] for b in chosen), default=frames)
         reopen = checks.integer("reopen", reopen, 0)
@@ -233,7 +236,8 @@ class EMASinkCache:
             advancing = torch.zeros(self.batch_size, dtype=torch.bool, device=self.device)
             for sample in chosen:
                 advancing[sample].fill_(True)
-        evicted = self._geometry.evicted_frames
+        evicted, added = self._geometry.evicted_frames, new if advancing is None else advancing * new
+        prepared = self._preparing(frames, lambda: self.num_frames + added, backend)
         with torch.no_grad():
             if any(evicted(ages[b]) > evicted(self.ages[b]) for b in chosen):
                 choice = backends.choose("begin_chunk", self.device, self.dtype, self.head_dim, backend)
@@ -242,10 +246,8 @@ class EMASinkCache:
                     self.sink_positions == "before_window",
                 )  # fmt: skip
                 ops.begin_chunk(request, choice.backend)
-            self.num_frames += new if advancing is None else advancing * new
-        self.open_frames = frames
-        self._set_ages(ages)
-        self._forget_contexts()
+            self.num_frames += added
+        self._opened(ages, frames, prepared)
 
     def _notice_unwritten(self, reopen: int) -> None:
         """Warns, once, where a chunk ends that no layer has written: `begin_chunk` is likely called once a pass."""
@@ -257,19 +259,6 @@ class EMASinkCache:
                 stacklevel=3,
             )
         self._written = False
-
-    def _samples(self, samples: Iterable[int] | None) -> list[int]:
-        if samples is None:
-            return list(range(self.batch_size))
-        if isinstance(samples, torch.Tensor) and samples.device.type != "cpu":
-            raise TypeError(f"samples must be host indices, got a tensor on {samples.device}")
-        chosen = []
-        for sample in samples.tolist() if isinstance(samples, torch.Tensor) else samples:
-            checks.integer("samples", sample, -self.batch_size)
-            if sample >= self.batch_size:
-                raise IndexError(f"samples must be below batch_size={self.batch_size}, got {sample}")
-            chosen.append(int(sample) % self.batch_size)
-        return sorted(set(chosen))
 
     def _set_ages(self, ages: list[int]) -> None:
         self.ages = ages
@@ -284,6 +273,26 @@ class EMASinkCache:
         self._require_chunk()
         sizes = (self.batch_size, self.open_frames * self.frame_tokens, self.num_kv_heads, self.head_dim)
         checks.chunk(sizes, self.device, tensors)
+
+    def _preparing(
+        self, frames: int, after: Callable[[], torch.Tensor], backend: str | None = None
+    ) -> list[Callable[[], None]]:
+        """For a chunk of ``frames`` that opens when num_frames becomes ``after()``: what to call once it has."""
+        if frames == 0 or torch.compiler.is_compiling():
+            return []
+        kind = self.device, self.dtype, self.head_dim
+        with torch.no_grad():
+            return backends.prepare_chunk(
+                kind, backend, self.num_frames, after, frames, self._rope_tables, self._geometry
+            )
+
+    def _opened(self, ages: list[int], frames: int, prepared: list[Callable[[], None]]) -> None:
+        """After every change of the lengths: what was made of the old ones is out of date."""
+        self.open_frames = frames
+        self._set_ages(ages)
+        self._forget_contexts()
+        for commit in prepared:
+            commit()
 
     def _forget_contexts(self) -> None:
         self._contexts: dict[int, Context] = {}  # of the open chunk, by layer
@@ -349,15 +358,19 @@ class EMASinkCache:
 
     def reset(self, samples: Iterable[int] | None = None) -> None:
         """Forgets everything, or only the given streams (host indices); addresses stay."""
-        chosen = self._samples(samples)
-        with torch.no_grad():  # what no frame of the new streams has reached is never read
+        chosen = checks.samples(samples, self.batch_size)
+
+        def cleared(num_frames: torch.Tensor) -> torch.Tensor:
             for sample in chosen:
-                self.num_frames[sample].zero_()
-        self._set_ages([0 if b in chosen else age for b, age in enumerate(self.ages)])
+                num_frames[sample].zero_()
+            return num_frames
+
+        frames = 0 if len(chosen) == self.batch_size else self.open_frames
+        with torch.no_grad():  # what no frame of the new streams has reached is never read
+            prepared = self._preparing(frames, lambda: cleared(self.num_frames.clone()))
+            cleared(self.num_frames)
         self._written = True
-        if len(chosen) == self.batch_size:
-            self.open_frames = 0
-        self._forget_contexts()
+        self._opened([0 if b in chosen else age for b, age in enumerate(self.ages)], frames, prepared)
 
     def state_dict(self) -> dict[str, Any]:
         """The tensors (not copied, as in a torch module), the host's state and the geometry they belong to."""
@@ -375,12 +388,12 @@ class EMASinkCache:
         """
         own = self._state_tensors()
         ages, frames = cache_state.checked(state, own, self._description(), self._geometry.capacity)
+        prepared = self._preparing(frames, lambda: state["num_frames"].to(self.device))
         with torch.no_grad():
             for name, x in own.items():
                 x.copy_(state[name])
-        self.open_frames, self._written = frames, True
-        self._set_ages(ages)
-        self._forget_contexts()
+        self._written = True
+        self._opened(ages, frames, prepared)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and copy make a cache anew: layers stay views of its tensors. Contexts are left behind."""

@@ -171,6 +171,21 @@ def accumulator(dtype: torch.dtype, sink_dtype: torch.dtype | None) -> torch.dty
     return sink_dtype
 
 
+def samples(given: Iterable[int] | None, batch_size: int) -> list[int]:
+    """Host indices of streams, each once, in order; None: all."""
+    if given is None:
+        return list(range(batch_size))
+    if isinstance(given, torch.Tensor) and given.device.type != "cpu":
+        raise TypeError(f"samples must be host indices, got a tensor on {given.device}")
+    chosen = []
+    for sample in given.tolist() if isinstance(given, torch.Tensor) else given:
+        integer("samples", sample, -batch_size)
+        if sample >= batch_size:
+            raise IndexError(f"samples must be below batch_size={batch_size}, got {sample}")
+        chosen.append(int(sample) % batch_size)
+    return sorted(set(chosen))
+
+
 def not_in_backward(what: str) -> None:
     """Raises within a backward pass: there, activation checkpointing runs a forward pass again, and a later chunk is
     open by then."""

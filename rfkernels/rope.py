@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from . import addresses
 from .contract.requests import RopeTables
 
 
@@ -81,11 +82,10 @@ class Rope3D:
         key = (torch.device(device), precision, frame_tokens)
         if key not in self._tables:
             with torch.inference_mode(False):  # kept beyond the call, for training too
-                self._tables[key] = RopeTables(
-                    (self.frequencies[0] / (2 * math.pi)).to(device),
-                    self._spatial(frame_tokens).to(device, precision),
-                    self.pairing == "half",
-                )
+                frame_turns = (self.frequencies[0] / (2 * math.pi)).to(device)
+                spatial = self._spatial(frame_tokens).to(device, precision)
+                addresses.fixed(frame_turns, spatial)
+                self._tables[key] = RopeTables(frame_turns, spatial, self.pairing == "half")
         return self._tables[key]
 
     def _spatial(self, frame_tokens: int) -> torch.Tensor:

@@ -375,6 +375,7 @@ def test_expressions(expression, keeps):
         (["-k", "paper (half)"], "cannot be read"),
         (["e2e", "--preset", "huge"], "--preset must be one of"),
         (["e2e", "--chunks", "0"], "--chunks must be at least 1"),
+        (["model", "--device", "cpu", "--cuda-graph"], "--cuda-graph is for operations, and for e2e on a GPU"),
         (["--seconds", "0"], "--seconds must be positive"),
         (["--threads", "0"], "--threads must be at least 1"),
         (["--compare", "missing.json", "missing.json"], "missing.json cannot be read"),

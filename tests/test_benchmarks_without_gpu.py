@@ -4,7 +4,7 @@ import pytest
 import torch
 from patched import serving
 
-from benchmarks import bounds, counter, figure, model, report, timing
+from benchmarks import bounds, counter, figure, host, model, report, timing
 from benchmarks.cases import Stream
 from benchmarks.counter import BelowOps
 from rfkernels import EMASinkCache
@@ -69,6 +69,21 @@ def test_bytes_of_single_operators():
     assert counts.operators == {"add": 1, "copy_": 1, "sum": 1, "index": 1} and counts.host_reads == 1
     assert (counts.read, counts.written) == (4 * (30 + 12 + 12 + 24) + 16, 4 * (24 + 12 + 12 + 1))
     assert counts.peak == 4 * (24 + 100)
+
+
+# --- the host's time --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend, launches", [("triton", ["write_kernel", "forward_kernel"]), ("cuda", None)])
+def test_a_pass_of_which_launches_are_noted(backend, launches):
+    """Both ways launch the same, once a layer."""
+    with host.noted(backend) as seen, torch.no_grad():
+        call = host.a_pass(backend)
+        call()
+    names = launches or ["streaming_attention"]
+    assert [seen[name] for name in names] == [host._LAYERS] * len(names)
+    found = host.measure(backend, rounds=1)
+    assert set(found) == set(host.WAYS) and all(len(x) == 1 and x[0] > 0 for x in found.values())
 
 
 # --- the model --------------------------------------------------------------------------------------------------------

@@ -394,6 +394,7 @@ def test_options_that_cannot_be_are_said(pipeline, tmp_path, capsys):
         assert not list(tmp_path.glob("x*"))
 
     fails("backend must be", "--backend", "fast")
+    fails("--cuda-graph needs a CUDA device, got --device cpu", "--cuda-graph", "--device", "cpu")
     fails("--lora must be a file or folder", "--lora", "none.pt")
     fails("--initial must be a file", "--initial", "none.png")
     fails("rising frames from 1 to --frames - 1 = 9", "--switch", "8: a", "--switch", "4: cat")

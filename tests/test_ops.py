@@ -3,6 +3,7 @@
 import contextlib
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rfkernels as rf
-from rfkernels import backends, native
+from rfkernels import attention, backends, native
 from rfkernels.backends.sdpa import dense
 from rfkernels.contract.geometry import WindowMask
 from rfkernels.contract.ops import NATIVE, OPERATIONS
@@ -250,6 +251,56 @@ def test_sink_window_attention_compiles(device, backend):
             q, k, v = (torch.randn(1, 24, 2, HEAD_DIM, device=device) for _ in range(3))
             torch.testing.assert_close(fast(q, k, v), rf.sink_window_attention(q, k, v, **options))
         assert counter.frame_count <= 2
+
+
+# --- with and without the dispatcher ----------------------------------------------------------------------------------
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("how", ["nobody", "mode", "profiler", "subclass", "trace"])
+def test_a_pass_is_an_operator_to_whoever_looks(how, device, monkeypatch):
+    """The same numbers, and the same versions of what was written, whether the dispatcher was asked or not."""
+    torch.manual_seed(0)
+    expected, cache = make(device), make(device)
+    cache.restore(expected.snapshot())
+    q, k, v = qkv(expected, 2)
+    dispatched, honest = [], attention.ops.streaming_attention
+    monkeypatch.setattr(attention.ops, "streaming_attention", lambda *a: dispatched.append(1) or honest(*a))
+    by_op = honest(
+        StreamingAttention(q, expected[0]._write_request(k, v), HEAD_DIM**-0.5, expected.full, False),
+        backends.choose("streaming_attention", expected.device, expected.dtype, HEAD_DIM).backend,
+    )[0]
+    version = cache.k._version
+    with contextlib.ExitStack() as stack:
+        if how == "mode":
+            seen = stack.enter_context(Seen())
+        elif how == "profiler":
+            seen = stack.enter_context(torch.profiler.profile())
+        elif how == "subclass":
+            q = q.as_subclass(Subclass)
+        if how == "trace":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                out = torch.jit.trace(lambda q: rf.streaming_attention(q, k, v, cache[0]), (q,), check_trace=False)(q)
+        else:
+            out = rf.streaming_attention(q, k, v, cache[0])
+    assert bool(dispatched) == (how != "nobody")
+    assert how != "mode" or "rfkernels.streaming_attention.default" in seen.names
+    assert how != "profiler" or any("rfkernels::streaming_attention" in row.key for row in seen.key_averages())
+    assert torch.equal(out, by_op) and torch.equal(cache.k, expected.k) and cache.k._version > version
 
 
 # --- no value read by the host ----------------------------------------------------------------------------------------

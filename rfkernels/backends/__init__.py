@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -164,6 +164,22 @@ _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _is_ours(name: str, operation: str) -> bool:
     """Whether the named backend is a library, which leaves the operation to our kernels."""
     return name in library.BACKENDS and operation != "streaming_attention"
+
+
+def prepare_chunk(
+    cache_kind: tuple[torch.device, torch.dtype, int], backend: str | None, *chunk: Any
+) -> list[Callable[[], None]]:
+    """Tells the backends with a ``prepare_chunk`` that a chunk is about to open, and whether its passes are theirs.
+
+    chunk: num_frames, what it will be, frames, rope tables and geometry. Returns what to call once the chunk is open.
+    """
+    try:
+        chosen = choose("streaming_attention", *cache_kind, backend).backend
+    except ValueError:  # the name is judged where it is used; one may be for begin_chunk alone
+        chosen = ""
+    prepares = ((name, getattr(candidate, "prepare_chunk", None)) for name, candidate in _MODULES.items())
+    commits = [prepare(*chunk, chosen=name == chosen) for name, prepare in prepares if prepare is not None]
+    return [commit for commit in commits if commit is not None]
 
 
 def refusal(name: str, operation: str, device: torch.device, dtype: torch.dtype, head_dim: int | None) -> str | None:

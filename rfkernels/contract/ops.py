@@ -120,17 +120,19 @@ def _body(name: str, operation: Operation) -> Callable[..., Any]:
     written = [index for index, leaf in enumerate(leaves(operation.request)) if leaf.written]
 
     def body(*flat: Any) -> Any:
-        run = getattr(find(flat[count]), name)
-        if torch._C._is_any_autocast_enabled():
-            with torch.autocast(flat[0].device.type, enabled=False):
-                result = run(build(flat))
-        else:
-            result = run(build(flat))
+        result = _perform(getattr(find(flat[count]), name), build(flat), flat[0].device)
         if written:
             torch.autograd.graph.increment_version([flat[i] for i in written if flat[i] is not None])
         return result
 
     return body
+
+
+def _perform(run: Callable[[Any], Any], request: Any, device: torch.device) -> Any:
+    if not torch._C._is_any_autocast_enabled():
+        return run(request)
+    with torch.autocast(device.type, enabled=False):
+        return run(request)
 
 
 def _streaming_body(name: str, operation: Operation) -> Callable[..., Any]:
@@ -233,3 +235,27 @@ chunk_attention: Callable[[ChunkAttention, str, str], tuple[Tensor, Tensor]] = _
 sink_window_attention: Callable[[WindowAttention, str, str], tuple[Tensor, Tensor]] = _call("sink_window_attention")
 redmd_loss: Callable[[ReDMD, str], tuple[Tensor, Tensor]] = _call("redmd_loss")
 merge_attention: Callable[..., tuple[Tensor, Tensor]] = namespaces.public.merge_attention
+
+
+# --- without the dispatcher -------------------------------------------------------------------------------------------
+
+
+def unobserved(*tensors: Tensor) -> bool:
+    """Whether nobody looks at operators: no tracer, dispatch mode or profiler, and no subclasses of tensors.
+
+    Then a body may run as it is. To take a request apart, pass its leaves through the dispatcher and put it together
+    again is about half of what a pass costs the host.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or torch.autograd._profiler_enabled()
+    ) and all([type(x) is Tensor for x in tensors])
+
+
+def streaming_body(run: Callable[[Any], tuple[Tensor, Tensor]], request: StreamingAttention) -> tuple[Tensor, Tensor]:
+    """What the operator does with a backend's function; lse is anything where it was not asked for."""
+    result = _perform(run, request, request.q.device)
+    torch.autograd.graph.increment_version([x for x in request.write.cache if x is not None])
+    return result

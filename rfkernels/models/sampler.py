@@ -11,6 +11,7 @@ from .. import checks
 from ..cache import EMASinkCache
 from ..contract.requests import accumulate_dtype
 from ..draws import Generators, draw, keyed_generator
+from .graphs import PassGraphs
 from .progress import frames_bar
 from .settings import StreamSettings
 from .wan import KV
@@ -48,6 +49,9 @@ class StreamingSampler:
         steps, shift: the denoising steps, see `StreamSettings`.
         height, width: of a latent frame. batch_size: streams.
         streams: their numbers, which with the seed decide their noise; default 0..batch_size - 1.
+        cuda_graph: run passes as CUDA graphs (`PassGraphs`): one for each length of a chunk, recorded at its second
+            pass and replayed in all later ones, so that the host launches one thing a pass. Needs a CUDA device; not
+            with ``torch.compile(mode="reduce-overhead")``, which has graphs of its own.
         options: the other fields of `StreamSettings` (chunk_frames, first_chunk_frames, sink_frames, window_frames,
             alpha, context_noise, add_context_noise), and further arguments of `EMASinkCache` (sink_dtype,
             sink_positions, dtype).
@@ -69,6 +73,7 @@ class StreamingSampler:
         width: int = 104,
         batch_size: int = 1,
         streams: Sequence[int] | None = None,
+        cuda_graph: bool = False,
         **options: Any,
     ):
         settings, cache_options = StreamSettings.split({"steps": steps, "shift": shift} | options)
@@ -83,6 +88,7 @@ class StreamingSampler:
             checks.integer("streams", stream, 0)
         self.dtype, self.shape = accumulate_dtype(model.dtype), (model.config.in_channels, height, width)
         self.cache = model.make_cache(batch_size, height, width, **settings.cache, **cache_options)
+        self._graphs = PassGraphs(model, self.cache) if cuda_graph else None
         self._given: TextContext | None = None  # the prompt in force
         self._keys: Any = None  # what the model made of it, by weights and prompt of the versions `_encoded_by`
         self._encoded_by: tuple[tuple[int, ...], int] = ((), 0)
@@ -206,7 +212,7 @@ class StreamingSampler:
         if self._unfinished:
             raise ValueError("the last chunk has failed: run step again, or restore a snapshot, before switching")
         if recompute and window.shape[1]:
-            self.cache.begin_chunk(window.shape[1], reopen=window.shape[1])
+            self._open(window.shape[1], reopen=window.shape[1])
             self._write(window, kv, self._noise(window.shape[1], again=1))
 
     def _next_frames(self) -> int:
@@ -215,8 +221,13 @@ class StreamingSampler:
     def _begin(self, frames: int) -> None:
         if self._unfinished not in (0, frames):
             raise ValueError(f"frames must be {self._unfinished}, those of the chunk that failed, got {frames}")
-        self.cache.begin_chunk(frames, reopen=self._unfinished)
+        self._open(frames, reopen=self._unfinished)
         self._unfinished = frames
+
+    def _open(self, frames: int, reopen: int) -> None:
+        self.cache.begin_chunk(frames, reopen)
+        if self._graphs is not None:
+            self._graphs.renew()
 
     def _finish(self, clean: torch.Tensor, kv: Any, noise: Iterator[torch.Tensor]) -> None:
         """The pass that leaves the clean chunk in the cache."""
@@ -230,6 +241,8 @@ class StreamingSampler:
         self._flow(clean, self.settings.context_noise, kv)
 
     def _flow(self, x: torch.Tensor, timestep: float, kv: Any) -> torch.Tensor:
+        if self._graphs is not None:
+            return self._graphs(x, timestep, kv)
         return self.model(x, torch.full((len(x),), timestep, device=x.device), kv, self.cache)
 
     def _noise(self, frames: int, generator: torch.Generator | None = None, again: int = 0) -> Iterator[torch.Tensor]:

@@ -102,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="default cuda where there is one, else cpu")
     add("--backend", default="auto", help="of the ops, see info; default %(default)s")
     add("--compile", action="store_true", help="torch.compile the transformer: minutes at first, faster after")
+    add("--cuda-graph", action="store_true", help="replay passes as CUDA graphs (needs a CUDA device)")
 
 
 def _switch(given: str) -> Prompt:
@@ -193,6 +194,8 @@ def _importable(module: str) -> bool:
 def _generate(args: argparse.Namespace, parts: dict[str, Path]) -> None:
     partial_path(args.out).unlink(missing_ok=True)  # of an earlier command, which is not to pass for this one's
     device = chosen_device(args.device)
+    if args.cuda_graph and device.type != "cuda":
+        raise UsageError(f"--cuda-graph needs a CUDA device, got --device {device}")
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     config = read_config(parts["transformer"])
     vae = _vae(args, parts["vae"], config).to(device).eval()
@@ -206,7 +209,7 @@ def _generate(args: argparse.Namespace, parts: dict[str, Path]) -> None:
         sink_frames=args.sink_frames, window_frames=args.window_frames, alpha=args.alpha,
         context_noise=args.context_noise, sink_positions=args.sink_positions,
         sink_dtype=dtype if args.sink_dtype == "published" else None,
-        height=args.height // space, width=args.width // space,
+        height=args.height // space, width=args.width // space, cuda_graph=args.cuda_graph,
     )  # fmt: skip
     switches = [(prompt.frame, context) for prompt, context in zip(prompts, contexts.split(1), strict=True)]
     latent_frames = 1 + math.ceil((args.frames - 1) / rate)

@@ -80,6 +80,8 @@ def begin_chunk(request: BeginChunk) -> None:
 
 
 def _readable(request: Write) -> Write:
+    if request.new_k.stride(-1) == request.new_v.stride(-1) == 1:
+        return request  # as nearly always; making it anew would cost a microsecond
     return request._replace(new_k=unit_rows(request.new_k), new_v=unit_rows(request.new_v))
 
 
@@ -89,8 +91,10 @@ def write(request: Write) -> None:
 
 def streaming_attention(request: StreamingAttention) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch that writes, one that attends (and one that merges, where keys are shared)."""
-    readable = request._replace(q=readable_queries(request.q), write=_readable(request.write))
-    return compiled.streaming_attention(readable)
+    q, written = readable_queries(request.q), _readable(request.write)
+    if q is not request.q or written is not request.write:
+        request = request._replace(q=q, write=written)
+    return compiled.streaming_attention(request)
 
 
 def redmd_loss(request: ReDMD) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,12 +2,12 @@
 
 On the CPU that kernel runs near the machine's matrix rate, lengths are read from CPU tensors and cache updates are
 compiled loops. On other devices nothing is read back: until the cache is full the whole buffer (zeros where nothing
-has been written) is attended under a mask, and cache updates are the reference's torch operations.
+has been written) is attended under a mask, and cache updates are torch operations, few of them (`cache`, `tables`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,9 @@ from ...contract.requests import (
 from ...contract.schemas import flattener
 from .. import reference
 from ..layout import unit_rows
-from . import dense
+from . import cache as updates
+from . import dense, tables
+from .rotation import turn_of, turned
 
 _native = namespaces.native
 _flat_begin_chunk, _flat_write, _flat_rotate = flattener(BeginChunk), flattener(Write), flattener(Rotate)
@@ -60,14 +62,33 @@ def reads_full(device: torch.device) -> bool:
 
 def begin_chunk(request: BeginChunk) -> None:
     if not native.serves(request.cache.k):
-        return reference.begin_chunk(request)
+        return updates.begin_chunk(request)
     _native.begin_chunk(*_flat_begin_chunk(request))
 
 
 def write(request: Write) -> None:
-    if not native.serves(request.cache.k):
-        return reference.write(request)
-    _native.write(*_flat_write(_readable(request)))
+    if native.serves(request.cache.k):
+        _native.write(*_flat_write(_readable(request)))
+    else:
+        updates.write(request)
+
+
+def prepare_chunk(
+    num_frames: torch.Tensor,
+    after: Callable[[], torch.Tensor],
+    frames: int,
+    rope: RopeTables | None,
+    geometry: CacheGeometry,
+    chosen: bool,
+) -> Callable[[], None] | None:
+    """Computes what the passes over a chunk share, where torch's operations serve them.
+
+    after: what num_frames will be. chosen: this backend is the one of its passes. Where it was for an earlier chunk, a
+    captured graph may rely on it. Returns what to call once the chunk is open.
+    """
+    if (native.serves(num_frames) and dense.has_flash()) or not (chosen or tables.prepared(num_frames, frames)):
+        return None
+    return tables.prepare_chunk(num_frames, after(), frames, rope, geometry)
 
 
 def _readable(request: Write) -> Write:
@@ -86,8 +107,10 @@ def rotate(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """`reference.rotate`, compiled where that is possible."""
-    if rope is None or not native.serves(x):
-        return reference.rotate(x, frames, rope, first_token=first_token, inverse=inverse, dtype=dtype)
+    if rope is None:
+        return reference.store(x, dtype)
+    if not native.serves(x):
+        return turned(x, turn_of(frames, rope, x.shape[1], first_token=first_token, inverse=inverse), dtype)
     return _native.rotate(*_flat_rotate(Rotate(unit_rows(x), frames, first_token, rope, inverse, dtype)))
 
 
@@ -122,16 +145,14 @@ def _same_age(num_frames: torch.Tensor, frames: int, geometry: CacheGeometry) ->
 
 def streaming_attention(request: StreamingAttention) -> tuple[torch.Tensor, torch.Tensor]:
     q, scale = request.q, request.scale
-    cache, num_frames, _, _, rope, geometry = request.write
+    cache, num_frames, geometry = request.write.cache, request.write.num_frames, request.write.geometry
     k, v = cache.k, cache.v
     if native.serves(k) and dense.has_flash():
         write_request = _readable(request.write)
         if write_request is not request.write or q.stride(-1) != 1:
             request = request._replace(q=unit_rows(q), write=write_request)
         return _native.streaming_attention(*_flat_streaming(request))
-    write(request.write)
-    frames = open_frames(num_frames, q.shape[1] // geometry.frame_tokens)
-    q = rotate(q, frames, rope, dtype=k.dtype)
+    q, frames = _write_and_turn(request)
     if not dense.on_cpu(k):
         return _attend_masked(request, q, frames)
     groups = _same_age(num_frames, frames.shape[1], geometry)
@@ -146,6 +167,17 @@ def streaming_attention(request: StreamingAttention) -> tuple[torch.Tensor, torc
     return out, lse
 
 
+def _write_and_turn(request: StreamingAttention) -> tuple[torch.Tensor, torch.Tensor]:
+    """The queries, rotated, and the open frames ``[B, F]``, once keys and values have been written."""
+    q, (cache, num_frames, _, _, rope, geometry) = request.q, request.write
+    count, dtype = q.shape[1] // geometry.frame_tokens, cache.k.dtype
+    if native.serves(cache.k):
+        write(request.write)
+        frames = open_frames(num_frames, count)
+        return rotate(q, frames, rope, dtype=dtype), frames
+    return updates.write_and_turn(request.write, q, ring_only=request.full and count <= geometry.window_frames)
+
+
 def _attend_masked(
     request: StreamingAttention, q: torch.Tensor, frames: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,9 +190,11 @@ def _attend_masked(
         return dense.attend(q, k, v, request.scale, return_lse=request.return_lse)
     keys = torch.arange(k.shape[1], device=k.device)
     seen = keys < geometry.valid_frames(request.write.num_frames)[:, None] * geometry.frame_tokens
-    present = (frames >= 0).repeat_interleave(geometry.frame_tokens, 1)
     k, v = (torch.where(seen[:, :, None, None], x, 0) for x in (k, v))
-    return dense.attend(q, k, v, request.scale, present[:, :, None] & seen[:, None, :], request.return_lse)
+    out, lse = dense.attend(q, k, v, request.scale, seen[:, None], request.return_lse)
+    present = (frames >= 0).repeat_interleave(geometry.frame_tokens, 1)
+    out = torch.where(present[:, :, None, None], out, 0)
+    return out, torch.where(present[:, None], lse, -torch.inf) if request.return_lse else lse
 
 
 def _empty_rows(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import os
 import sys
+from typing import Any
 
 import torch
 
@@ -30,6 +32,7 @@ from ...contract.requests import (
 OLDEST_TRITON = (3, 6)  # structs as arguments of kernels
 _HEAD_DIMS = range(32, 257, 16)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_Attention = tuple[torch.Tensor, torch.Tensor]
 _Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -121,49 +124,38 @@ def unsupported(operation: str, dtype: torch.dtype, head_dim: int | None) -> str
 # --- the operations ---------------------------------------------------------------------------------------------------
 
 
-def begin_chunk(request: BeginChunk) -> None:
-    from .cache_kernels import begin_chunk
+@functools.cache  # an import statement costs the host two microseconds a launch
+def _from(module: str) -> Any:
+    return importlib.import_module(f".{module}", __name__)
 
-    begin_chunk(request)
+
+def begin_chunk(request: BeginChunk) -> None:
+    _from("cache_kernels").begin_chunk(request)
 
 
 def write(request: Write) -> None:
-    from .cache_kernels import write
-
-    write(request)
+    _from("cache_kernels").write(request)
 
 
-def streaming_attention(request: StreamingAttention) -> tuple[torch.Tensor, torch.Tensor]:
-    from .attention import streaming_attention
-
-    return streaming_attention(request)
+def streaming_attention(request: StreamingAttention) -> _Attention:
+    return _from("attention").streaming_attention(request)
 
 
-def chunk_attention(request: ChunkAttention) -> tuple[torch.Tensor, torch.Tensor]:
-    from .attention import chunk_attention
-
-    return chunk_attention(request)
+def chunk_attention(request: ChunkAttention) -> _Attention:
+    return _from("attention").chunk_attention(request)
 
 
 def chunk_attention_backward(request: ChunkGradients) -> _Gradients:
-    from .backward import chunk_attention_backward
-
-    return chunk_attention_backward(request)
+    return _from("backward").chunk_attention_backward(request)
 
 
-def sink_window_attention(request: WindowAttention) -> tuple[torch.Tensor, torch.Tensor]:
-    from .attention import sink_window_attention
-
-    return sink_window_attention(request)
+def sink_window_attention(request: WindowAttention) -> _Attention:
+    return _from("attention").sink_window_attention(request)
 
 
 def sink_window_attention_backward(request: WindowGradients) -> _Gradients:
-    from .backward import sink_window_attention_backward
-
-    return sink_window_attention_backward(request)
+    return _from("backward").sink_window_attention_backward(request)
 
 
 def redmd_loss(request: ReDMD) -> tuple[torch.Tensor, torch.Tensor]:
-    from .loss import redmd_loss
-
-    return redmd_loss(request)
+    return _from("loss").redmd_loss(request)

@@ -276,7 +276,7 @@ def write(request: Write) -> None:
     batch, tokens, kv_heads, head_dim = new_k.shape
     frames = tokens // geometry.frame_tokens
     with on_device(k):
-        write_kernel[(triton.cdiv(geometry.frame_tokens, _TOKENS) * kv_heads * frames * batch,)](
+        write_kernel[(-(-geometry.frame_tokens // _TOKENS) * kv_heads * frames * batch,)](
             _cache_of(request.cache), request.num_frames, key_values(new_k, new_v), rope_of(request.rope), frames,
             geometry.frame_tokens, kv_heads, SINKS=geometry.sink_frames, WINDOW=geometry.window_frames, D=head_dim,
             BLOCK_D=padded(head_dim), TOKENS=_TOKENS, num_warps=_warps(head_dim), **FUSION,

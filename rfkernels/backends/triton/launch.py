@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from contextlib import AbstractContextManager
 
 import torch
-import triton
 import triton.language as tl
 
 from ...contract.geometry import WindowMask
@@ -32,8 +32,12 @@ def key_values(k: torch.Tensor, v: torch.Tensor) -> KeyValues:
 def rope_of(rope: RopeTables | None) -> Rope | None:
     if rope is None:
         return None
-    pairs, half_split = tl.constexpr(rope.frame_turns.shape[0]), tl.constexpr(rope.half_split)
-    return Rope(rope.frame_turns, rope.spatial, pairs, half_split)
+    return Rope(rope.frame_turns, rope.spatial, *_constants(rope.frame_turns.shape[0], rope.half_split))
+
+
+@functools.cache
+def _constants(*values: int) -> tuple[tl.constexpr, ...]:
+    return tuple(tl.constexpr(value) for value in values)
 
 
 def mask_of(mask: WindowMask | None) -> Mask | None:
@@ -41,8 +45,8 @@ def mask_of(mask: WindowMask | None) -> Mask | None:
 
 
 def padded(head_dim: int) -> int:
-    """Columns of a tile: a power of two."""
-    return triton.next_power_of_2(head_dim)
+    """Columns of a tile: a power of two. (Triton's own function costs the host several microseconds.)"""
+    return 1 << (head_dim - 1).bit_length()
 
 
 def pointwise_rows(block_d: int) -> int:
