@@ -5,6 +5,7 @@ import torch
 
 import rfkernels as rf
 from rfkernels.integrations.diffusers import DiffusersWan, patch
+from rfkernels.models import StreamingSampler
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -122,3 +123,8 @@ def test_passes_that_would_leave_out_or_repeat_something():
 def test_guidance_that_cannot_be(options, said, their_tiny):
     with pytest.raises(ValueError, match=said):
         DiffusersWan(their_tiny, **options)
+
+
+def test_a_samplers_graphs_are_for_causal_wan(their_tiny):
+    with pytest.raises(ValueError, match="cuda_graph needs a CausalWan, got a DiffusersWan"):
+        StreamingSampler(DiffusersWan(their_tiny), [1000], 5.0, height=4, width=6, cuda_graph=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 
 from ...contract.geometry import WindowMask
 from ...contract.requests import ChunkAttention, RopeTables, StreamingAttention, WindowAttention
+from ..plan import divide_up
 from . import tiles
 from .cache_kernels import write
 from .forward import forward_kernel, merge_kernel
@@ -129,7 +129,7 @@ def _launch(prepared: Prepared, sink_q: torch.Tensor | None, out: torch.Tensor, 
     batch, queries, heads, head_dim = q.shape
     kind, block_d = (tiles.architecture(), head_dim, prepared.k.dtype, prepared.use), padded(head_dim)
     tile = tiles.forward_tile(*kind, rope=sink_q is not None, shared=False)
-    row_tiles = triton.cdiv(queries, tile.rows) * heads * batch
+    row_tiles = divide_up(queries, tile.rows) * heads * batch
     whole, shares = tiles.plan(row_tiles, prepared.longest, tile, tiles.processors(q.device))
     if whole > 0:
         _sweep_tiles(prepared, sink_q, out, lse, tile, range(whole), shares=1)

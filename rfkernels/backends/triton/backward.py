@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ...contract.requests import ChunkGradients, Cotangents, WindowGradients
+from ..plan import divide_up
 from . import tiles
 from .attention import Prepared, prepare_chunk, prepare_window
 from .grad_kv import grad_kv_kernel
@@ -117,7 +118,7 @@ def _launch(prepared: Prepared, sink_q: torch.Tensor | None, cotangents: Cotange
         )
         delta_rows = by_rows.rows if exact else pointwise_rows(block_d)
         shape = {"D": head_dim, "BLOCK_D": block_d}
-        delta_kernel[(triton.cdiv(queries, delta_rows) * heads * batch,)](
+        delta_kernel[(divide_up(queries, delta_rows) * heads * batch,)](
             strided(out), strided(grad_out), grad_lse, delta, queries, heads, **shape, BLOCK_M=delta_rows, EXACT=exact,
             num_warps=4, **FUSION,
         )  # fmt: skip
@@ -132,11 +133,11 @@ def _launch(prepared: Prepared, sink_q: torch.Tensor | None, cotangents: Cotange
         cached = key_values(k, v)
         own = None if own_k is None or own_v is None else key_values(own_k, own_v)
         position = (frames, rope_of(rope), mask_of(mask), scale, queries, keys)
-        grad_q_kernel[(triton.cdiv(queries, by_rows.rows) * heads * batch,)](
+        grad_q_kernel[(divide_up(queries, by_rows.rows) * heads * batch,)](
             *queried, cached, own, incoming, grads[0], *position, heads, TWO_FRAMES=frames.tokens >= by_rows.rows,
             **options(by_rows),
         )  # fmt: skip
-        grad_kv_kernel[(triton.cdiv(keys, by_keys.keys) * kv_heads * batch,)](
+        grad_kv_kernel[(divide_up(keys, by_keys.keys) * kv_heads * batch,)](
             *queried, cached if own is None else own, incoming, grads[1], grads[2], *position, kv_heads,
             **options(by_keys),
         )  # fmt: skip

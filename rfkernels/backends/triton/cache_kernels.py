@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ...contract.requests import BeginChunk, CacheTensors, Write
+from ..plan import divide_up
 from .launch import ALL_REGISTERS, FUSION, addressable, key_values, on_device, padded, rope_of, strided
 from .rotation import phases, rotate_tile
 from .structs import Cache
@@ -209,7 +210,7 @@ def begin_chunk(request: BeginChunk) -> None:
     # Left alone, ptxas fits three blocks on an SM: right, but sinks that saturate at every step and float32 keys spill.
     spills = k.dtype == torch.float32 or (sink_k is not None and sink_k.dtype == torch.float16)
     registers = ALL_REGISTERS if spills else {}
-    blocks = triton.cdiv(geometry.frame_tokens, _TOKENS)
+    blocks = divide_up(geometry.frame_tokens, _TOKENS)
     with on_device(k):
         begin_chunk_kernel[(blocks * geometry.sink_frames * kv_heads * batch * layers,)](
             _cache_of(request.cache), request.num_frames, request.advancing, request.decay, rope_of(rope),

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ...contract.requests import ReDMD
+from ..plan import divide_up
 from .launch import FUSION, on_device
 
 _BLOCK = 4096  # elements a program handles at a time
@@ -120,9 +121,9 @@ def redmd_loss(request: ReDMD) -> tuple[torch.Tensor, torch.Tensor]:
         None if t is None else t.contiguous() for t in (request.real_uncond, request.fake_uncond, request.mask)
     )
     batch, elements = x.shape[0], x[:1].numel()
-    programs = max(1, min(_PROGRAMS, triton.cdiv(elements, _BLOCK)))
-    span = triton.cdiv(triton.cdiv(elements, programs), _BLOCK) * _BLOCK
-    programs = max(1, triton.cdiv(elements, span) if span else 1)
+    programs = max(1, min(_PROGRAMS, divide_up(elements, _BLOCK)))
+    span = divide_up(divide_up(elements, programs), _BLOCK) * _BLOCK
+    programs = max(1, divide_up(elements, span) if span else 1)
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=x.device)

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ...contract.geometry import WindowMask
 from ...contract.requests import RopeTables
+from ..plan import divide_up
 from .launch import FUSION, addressable, mask_of, on_device, padded, rope_of, strided
 from .ranges import evicted_frames
 from .structs import Frames
@@ -193,7 +194,7 @@ def rotate(
         return out
     frames = Frames(num_frames, 1 if rope is None else rope.frame_tokens, None)
     with on_device(x):
-        rotate_kernel[(triton.cdiv(tokens, _TOKENS) * heads * batch,)](
+        rotate_kernel[(divide_up(tokens, _TOKENS) * heads * batch,)](
             strided(x), out, frames, rope_of(rope), mask_of(mask), tokens, heads, first_token, D=head_dim,
             BLOCK_D=padded(head_dim), TOKENS=_TOKENS, num_warps=8, **FUSION,
         )  # fmt: skip
