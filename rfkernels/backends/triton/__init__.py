@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.metadata
 import importlib.util
 import os
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -125,37 +125,39 @@ def unsupported(operation: str, dtype: torch.dtype, head_dim: int | None) -> str
 
 
 @functools.cache  # an import statement costs the host two microseconds a launch
-def _from(module: str) -> Any:
-    return importlib.import_module(f".{module}", __name__)
+def _modules() -> Any:
+    from . import attention, backward, cache_kernels, loss
+
+    return SimpleNamespace(attention=attention, backward=backward, cache_kernels=cache_kernels, loss=loss)
 
 
 def begin_chunk(request: BeginChunk) -> None:
-    _from("cache_kernels").begin_chunk(request)
+    _modules().cache_kernels.begin_chunk(request)
 
 
 def write(request: Write) -> None:
-    _from("cache_kernels").write(request)
+    _modules().cache_kernels.write(request)
 
 
 def streaming_attention(request: StreamingAttention) -> _Attention:
-    return _from("attention").streaming_attention(request)
+    return _modules().attention.streaming_attention(request)
 
 
 def chunk_attention(request: ChunkAttention) -> _Attention:
-    return _from("attention").chunk_attention(request)
+    return _modules().attention.chunk_attention(request)
 
 
 def chunk_attention_backward(request: ChunkGradients) -> _Gradients:
-    return _from("backward").chunk_attention_backward(request)
+    return _modules().backward.chunk_attention_backward(request)
 
 
 def sink_window_attention(request: WindowAttention) -> _Attention:
-    return _from("attention").sink_window_attention(request)
+    return _modules().attention.sink_window_attention(request)
 
 
 def sink_window_attention_backward(request: WindowGradients) -> _Gradients:
-    return _from("backward").sink_window_attention_backward(request)
+    return _modules().backward.sink_window_attention_backward(request)
 
 
 def redmd_loss(request: ReDMD) -> tuple[torch.Tensor, torch.Tensor]:
-    return _from("loss").redmd_loss(request)
+    return _modules().loss.redmd_loss(request)
