@@ -62,9 +62,9 @@ def pipeline(tmp_path_factory):
     return folder
 
 
-def generate(folder, out, *more, frames=10):
+def generate(folder, out, *more, frames=10, prompt=("--prompt", "a cat walks")):
     size = ["--height", "32", "--width", "48", "--frames", str(frames), "--device", "cpu", "--steps", "1000", "500"]
-    return main(["generate", "--model", str(folder), "--prompt", "a cat walks", "--out", str(out), *size, *more])
+    return main(["generate", "--model", str(folder), *prompt, "--out", str(out), *size, *more])
 
 
 def read(path):
@@ -300,6 +300,25 @@ def test_prompts_are_switched_at_frames_of_the_video(pipeline, tmp_path, written
     close(written(34), by_hand(pipeline, (1, "walks"), frames=34))
 
 
+def test_several_prompts_and_samples(pipeline, tmp_path, capsys):
+    """The video of each prompt and seed is the one that a command of its own makes."""
+    (tmp_path / "prompts.txt").write_text("a cat walks\n\n  cat cat \n")
+    file = ("--prompts", str(tmp_path / "prompts.txt"))
+    assert generate(pipeline, tmp_path / "x.mp4", "--samples", "2", "--seed", "5", prompt=file) == 0
+    made = [tmp_path / f"x-{i}.mp4" for i in range(4)]
+    assert sorted(tmp_path.glob("*.mp4")) == made
+    said = capsys.readouterr().out
+    assert all(f"{path}: 10 frames at 16 frames/s" in said for path in made)
+    videos = []
+    for text in ("a cat walks", "cat cat"):
+        for seed in ("5", "6"):
+            assert generate(pipeline, tmp_path / "one.mp4", "--seed", seed, prompt=("--prompt", text)) == 0
+            videos.append(read(tmp_path / "one.mp4"))
+    for path, frames in zip(made, videos, strict=True):
+        assert all((a == b).all() for a, b in zip(read(path), frames, strict=True))
+    assert (videos[0][9] != videos[1][9]).any() and (videos[0][9] != videos[2][9]).any()
+
+
 def picture(path, n=1, height=40, width=48):
     """A gradient that moves, as a file; returns frames 0..255."""
     import numpy as np
@@ -401,6 +420,11 @@ def test_options_that_cannot_be_are_said(pipeline, tmp_path, capsys):
     fails("rising frames from 1 to --frames - 1 = 9", "--switch", "10: a")
     fails("at most 9, where the last chunk begins, got 12", "--switch", "12: a", frames=20)
     fails("weights must be None", "--weights-name", "generator")
+    fails("--samples must be at least 1, got 0", "--samples", "0")
+    fails("No such file", prompt=("--prompts", str(tmp_path / "none.txt")))
+    (tmp_path / "empty.txt").write_text(" \n")
+    fails("--prompts must hold a prompt in each line", prompt=("--prompts", str(tmp_path / "empty.txt")))
+    fails("--switch goes with --prompt", "--switch", "4: cat", prompt=("--prompts", str(tmp_path / "empty.txt")))
     picture(tmp_path / "long.mkv", 12)
     fails("--frames must be more than the frames of --initial", "--initial", str(tmp_path / "long.mkv"))
     for given in ("rain", "x: rain", "-3: rain", "4:"):

@@ -42,11 +42,19 @@ class Prompt(NamedTuple):
     text: str
 
 
+class Video(NamedTuple):
+    prompts: list[Prompt]
+    seed: int
+    out: Path
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run, left=_left)
     add = parser.add_argument
     add("--model", type=Path, required=True, help=f"folder with {', '.join(PARTS)}, or an original Wan folder")
-    add("--prompt", required=True)
+    given = parser.add_mutually_exclusive_group(required=True).add_argument
+    given("--prompt")
+    given("--prompts", type=Path, metavar="FILE", help="a text file with a prompt in each line: a video of each")
     add(
         "--switch",
         type=_switch,
@@ -56,7 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another prompt from the first chunk that begins at this frame of the video or later; any number of times",
     )
     add("--initial", type=Path, metavar="IMAGE_OR_VIDEO", help="what the video begins with")
-    add("--out", type=Path, default=Path("video.mp4"), help="default %(default)s")
+    add(
+        "--out",
+        type=Path,
+        default=Path("video.mp4"),
+        help="default %(default)s; of several videos the first is video-0.mp4",
+    )
+    add("--samples", type=int, default=1, help="videos of each prompt, with rising seeds, default %(default)s")
     add("--frames", type=int, default=81, help="video frames, those of --initial included, default %(default)s")
     add("--height", type=int, default=480, help="default %(default)s")
     add("--width", type=int, default=832, help="default %(default)s")
@@ -114,9 +128,10 @@ def _switch(given: str) -> Prompt:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        parts = _check(args)
+        videos = _videos(args)
+        parts = _check(args, videos)
         with use_backend(args.backend):
-            _generate(args, parts)
+            _generate(args, videos, parts)
     except (UsageError, ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -125,13 +140,32 @@ def run(args: argparse.Namespace) -> int:
 
 def _left(args: argparse.Namespace) -> str:
     """What there is when the command was stopped."""
-    partial = partial_path(args.out)
+    out = getattr(args, "making", args.out)
+    partial = partial_path(out)
     if partial.is_file() and partial.stat().st_size:
-        return f"{partial} holds the frames made so far; {args.out} is not written"
-    return f"{args.out} is not written"
+        return f"{partial} holds the frames made so far; {out} is not written"
+    return f"{out} is not written"
 
 
-def _check(args: argparse.Namespace) -> dict[str, Path]:
+def _videos(args: argparse.Namespace) -> list[Video]:
+    """What is to be made: of each prompt a video with each seed."""
+    if args.samples < 1:
+        raise UsageError(f"--samples must be at least 1, got {args.samples}")
+    texts = [args.prompt]
+    if args.prompts is not None:
+        if args.switch:
+            raise UsageError("--switch goes with --prompt, not with --prompts")
+        texts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not texts:
+            raise UsageError(f"--prompts must hold a prompt in each line, {args.prompts} has none")
+    made = [(text, args.seed + sample) for text in texts for sample in range(args.samples)]
+    width = len(str(len(made) - 1))
+    outs = [args.out.with_name(f"{args.out.stem}-{i:0{width}}{args.out.suffix}") for i in range(len(made))]
+    outs = [args.out] if len(made) == 1 else outs
+    return [Video([Prompt(0, text), *args.switch], seed, out) for (text, seed), out in zip(made, outs, strict=True)]
+
+
+def _check(args: argparse.Namespace, videos: Sequence[Video]) -> dict[str, Path]:
     """Where each part is; everything that is missing is found before anything is loaded."""
     lacking = [package for package in NEEDED if not _importable(package)]
     if lacking:
@@ -158,8 +192,9 @@ def _check(args: argparse.Namespace) -> dict[str, Path]:
     chosen_device(args.device)
     with use_backend(args.backend):
         pass
-    writable_file("--out", args.out)
-    open_video(partial_path(args.out), args.fps)[0].close()  # nothing is written before the first frame
+    for video in videos:
+        writable_file("--out", video.out)
+    open_video(partial_path(videos[0].out), args.fps)[0].close()  # nothing is written before the first frame
     return parts
 
 
@@ -191,8 +226,9 @@ def _importable(module: str) -> bool:
     return True
 
 
-def _generate(args: argparse.Namespace, parts: dict[str, Path]) -> None:
-    partial_path(args.out).unlink(missing_ok=True)  # of an earlier command, which is not to pass for this one's
+def _generate(args: argparse.Namespace, videos: Sequence[Video], parts: dict[str, Path]) -> None:
+    for video in videos:  # of an earlier command, which are not to pass for this one's
+        partial_path(video.out).unlink(missing_ok=True)
     device = chosen_device(args.device)
     if args.cuda_graph and device.type != "cuda":
         raise UsageError(f"--cuda-graph needs a CUDA device, got --device {device}")
@@ -200,8 +236,8 @@ def _generate(args: argparse.Namespace, parts: dict[str, Path]) -> None:
     config = read_config(parts["transformer"])
     vae = _vae(args, parts["vae"], config).to(device).eval()
     initial = _initial(args, vae)
-    prompts = [Prompt(0, args.prompt), *args.switch]
-    contexts = _encode([prompt.text for prompt in prompts], parts, config, device, dtype)
+    texts = list(dict.fromkeys(prompt.text for video in videos for prompt in video.prompts))
+    contexts = _encode(texts, parts, config, device, dtype)
     model = _model(args, parts["transformer"], device, dtype, contexts)
     space, rate = vae.config.scale_factor_spatial, vae.config.scale_factor_temporal
     sampler = StreamingSampler(
@@ -211,15 +247,19 @@ def _generate(args: argparse.Namespace, parts: dict[str, Path]) -> None:
         sink_dtype=dtype if args.sink_dtype == "published" else None,
         height=args.height // space, width=args.width // space, cuda_graph=args.cuda_graph,
     )  # fmt: skip
-    switches = [(prompt.frame, context) for prompt, context in zip(prompts, contexts.split(1), strict=True)]
+    context_of = dict(zip(texts, contexts.split(1), strict=True))
     latent_frames = 1 + math.ceil((args.frames - 1) / rate)
     _check_switches(args, sampler, latent_frames, 0 if initial is None else initial.shape[1], rate)
-    began = time.perf_counter()
-    with frames_bar(args.frames, None) as bar:
-        chunks = _stream(sampler, StreamingDecoder(vae), switches, latent_frames, args.seed, initial, rate)
-        write_video(args.out, _counted(chunks, args.frames, bar), args.fps, args.frames)
-    made = args.frames / (time.perf_counter() - began)
-    print(f"{args.out}: {args.frames} frames at {args.fps} frames/s, made at {made:.3g} frames/s")
+    for video in videos:
+        args.making = video.out
+        sampler.reset()
+        switches = [(prompt.frame, context_of[prompt.text]) for prompt in video.prompts]
+        began = time.perf_counter()
+        with frames_bar(args.frames, None) as bar:
+            chunks = _stream(sampler, StreamingDecoder(vae), switches, latent_frames, video.seed, initial, rate)
+            write_video(video.out, _counted(chunks, args.frames, bar), args.fps, args.frames)
+        made = args.frames / (time.perf_counter() - began)
+        print(f"{video.out}: {args.frames} frames at {args.fps} frames/s, made at {made:.3g} frames/s")
 
 
 def _vae(args: argparse.Namespace, path: Path, config: CausalWanConfig) -> Any:
