@@ -11,6 +11,7 @@ import itertools
 
 import budget
 import oracle
+import pytest
 import torch
 
 import rfkernels as rf
@@ -32,6 +33,15 @@ WINDOWS = [
 ]
 # Tokens of a frame and frames before the open one.
 STREAMS = [*((128 + tokens, 1) for tokens in AROUND), *((64 + tokens, 2) for tokens in AROUND), (65, 11), (63, 11)]
+
+
+def in_turns(cases: list) -> list:
+    """Each case with rising and with falling scores, of which every second one is slow."""
+    both = itertools.product(enumerate(cases), enumerate((("rising", SLOPE), ("falling", -SLOPE))))
+    return [
+        pytest.param(case, slope, id=f"{name}-{case}".replace(" ", ""), marks=[pytest.mark.slow] * ((i + j) % 2))
+        for (i, case), (j, (name, slope)) in both
+    ]
 
 
 def rising(queries: int, keys: int, slope: float, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:

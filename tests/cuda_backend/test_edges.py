@@ -9,7 +9,6 @@ import pytest
 import torch
 
 each_kernel = pytest.mark.parametrize("hopper", [False, True], ids=["sm_80", "sm_90a"])
-each_slope = pytest.mark.parametrize("slope", [edges.SLOPE, -edges.SLOPE], ids=["rising", "falling"])
 
 
 def kernels(emulated, hopper: bool):
@@ -22,17 +21,15 @@ def kernels(emulated, hopper: bool):
 
 
 @each_kernel
-@each_slope
-@pytest.mark.parametrize("case", edges.WINDOWS, ids=str)
+@pytest.mark.parametrize("case, slope", edges.in_turns(edges.WINDOWS))
 def test_windows(device, emulated, case, slope, hopper):
     with kernels(emulated, hopper):
         edges.run_window("cuda", device, torch.bfloat16, case, slope)
 
 
 @each_kernel
-@each_slope
 @pytest.mark.parametrize("chunk", [False, True], ids=["pass", "chunk"])
-@pytest.mark.parametrize("case", edges.STREAMS, ids=str)
+@pytest.mark.parametrize("case, slope", edges.in_turns(edges.STREAMS))
 def test_streams(device, emulated, case, chunk, slope, hopper):
     with kernels(emulated, hopper):
         edges.run_stream("cuda", device, torch.bfloat16, case, slope, chunk)

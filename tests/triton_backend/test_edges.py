@@ -6,18 +6,14 @@ import edges
 import pytest
 import torch
 
-each_slope = pytest.mark.parametrize("slope", [edges.SLOPE, -edges.SLOPE], ids=["rising", "falling"])
 
-
-@each_slope
-@pytest.mark.parametrize("case", edges.WINDOWS[::3], ids=str)
+@pytest.mark.parametrize("case, slope", edges.in_turns(edges.WINDOWS[::3]))
 def test_windows(device, case, slope):
     edges.run_window("triton", device, torch.float16, case, slope)
 
 
-@each_slope
 @pytest.mark.parametrize("chunk", [False, True], ids=["pass", "chunk"])
-@pytest.mark.parametrize("case", edges.STREAMS[::3], ids=str)
+@pytest.mark.parametrize("case, slope", edges.in_turns(edges.STREAMS[::3]))
 def test_streams(device, case, chunk, slope):
     edges.run_stream("triton", device, torch.float16, case, slope, chunk)
 
