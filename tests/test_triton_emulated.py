@@ -112,8 +112,14 @@ def test_whole_tiles_and_a_tail_on_the_emulator(use, arch):
     assert forward == ["forward_kernel", "forward_kernel", "merge_kernel"]
 
 
-@pytest.mark.parametrize("arch", [80, 90], ids=["sm_80", "sm_90"])
-@pytest.mark.parametrize("slope", [edges.SLOPE, -edges.SLOPE], ids=["rising", "falling"])
+@pytest.mark.parametrize(
+    "slope, arch",
+    [
+        pytest.param(slope, arch, id=f"{name}-sm_{arch}", marks=[pytest.mark.slow] * ((slope > 0) == (arch == 90)))
+        for name, slope in (("rising", edges.SLOPE), ("falling", -edges.SLOPE))
+        for arch in (80, 90)
+    ],
+)
 @pytest.mark.parametrize("use", ["window", "pass", "chunk"])
 def test_edges_of_tiles_on_the_emulator(use, slope, arch):
     """The interpreter has every length; here each use has a few with the tiles that are compiled."""
