@@ -32,9 +32,10 @@ def test_in_the_interpreter(module):
 
     if reason := _interpreter_fault():
         pytest.skip(reason)
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    file = str(Path(__file__).parent / module)
-    command = [sys.executable, "-m", "pytest", "-p", "interpreted", "-x", "-rs", file, "-k", "triton"]
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)  # for the plugin
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-m", "pytest", "-p", "interpreted", "-x", "-rs", str(tests / module), "-k", "triton"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     if lacking := re.search("cannot reserve .*", run.stdout):
