@@ -190,7 +190,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--check", action="store_true", help="compare with the checked-in baseline")
     parser.add_argument("--write", action="store_true", help="write these rows into the baseline")
-    parser.add_argument("--survey", action="store_true", help="spills at every dtype and head size (hours), or at these:")
+    parser.add_argument("--survey", action="store_true", help="spills at every head size and dtype (hours), or at:")
     parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--head-dim", type=int, nargs="*", default=SURVEYED)
     arguments = parser.parse_args()
