@@ -81,6 +81,11 @@ def main_loop(kernel: Compiled) -> dict | None:
     }  # fmt: skip
 
 
+def words_of_fragments(kernel: Compiled) -> int:
+    """Loads of operands in loops on tensor cores that are no ldmatrix: the compiler chose a layout that fits none."""
+    return sum(op.startswith("LDS.64") for loop in loops(kernel.sass) if any(map(_TENSOR.match, loop)) for op in loop)
+
+
 # --- the report -------------------------------------------------------------------------------------------------------
 
 

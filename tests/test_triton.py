@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import rfkernels as rf
+from rfkernels.backends.triton import version_numbers
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU tests/triton_backend run as they are")
@@ -134,8 +135,6 @@ def _stop_after_parsing(*arguments):
 @pytest.mark.parametrize("head_dim", [96, 256])
 def test_exact_products_pass_the_front_end(head_dim, monkeypatch):
     """The front end of this Triton refuses shapes of products that another takes; the cheap part of what is below."""
-    import triton
-
     aot = pytest.importorskip("benchmarks.aot", reason="needs the source tree")
     from benchmarks.static_calls import calls
 
@@ -153,6 +152,13 @@ def test_exact_products_pass_the_front_end(head_dim, monkeypatch):
         call()
     assert {"forward_kernel", "grad_q_kernel", "grad_kv_kernel", "begin_chunk_kernel"} <= set(parsed)
 
+
+# By Triton 3.6, in the forward kernel of whole tiles: two registers, outside its loops. Tiles of half the keys have no
+# spill and 7 % more instructions (docs/dev/triton.md).
+_SPILLED_ONCE = {
+    (80, torch.bfloat16, 128, "window"): "4 spills, 8 bytes of stack",
+    (100, torch.bfloat16, 128, "chunk, short"): "4 spills, 8 bytes of stack",
+}
 
 # Each takes minutes: those of Blackwell are slow.
 _each_architecture = pytest.mark.parametrize(
@@ -172,18 +178,22 @@ _each_architecture = pytest.mark.parametrize(
     ],
 )
 def test_every_kernel_compiles_ahead_of_time(arch, dtype, head_dim):
-    """No spill, no stack frame, within the shared memory of the architecture; needs no GPU."""
+    """No spill, no stack frame, within the shared memory of the architecture, operands by ldmatrix; needs no GPU."""
     aot = pytest.importorskip("benchmarks.aot", reason="needs the source tree")
     from benchmarks.static_calls import calls, forms
-    from benchmarks.static_report import faults
+    from benchmarks.static_report import faults, words_of_fragments
 
+    whole_spills = _SPILLED_ONCE if version_numbers(triton.__version__) < (3, 7) else {}
     for name, call in (calls(dtype, head_dim) | forms(dtype, head_dim)).items():
         launched = aot.compiled(call, arch)
         assert launched, name
         if name.endswith("shared"):
             assert launched[-1].name == "merge_kernel", name
         for kernel in launched:
-            assert faults(kernel) is None, f"{name} for sm_{arch}: {faults(kernel)}: {kernel}"
+            once = whole_spills.get((arch, dtype, head_dim, name)) if kernel.options.get("SHARES") == 1 else None
+            assert faults(kernel) == once, f"{name} for sm_{arch}: {faults(kernel)}: {kernel}"
+            if kernel.name == "forward_kernel" and arch in (80, 120) and dtype != torch.float32:
+                assert words_of_fragments(kernel) == 0, f"{name} for sm_{arch}: {kernel}"
 
 
 @_each_architecture
