@@ -133,7 +133,7 @@ def _stop_after_parsing(*arguments):
 
 
 @pytest.mark.parametrize("head_dim", [96, 256])
-def test_exact_products_pass_the_front_end(head_dim, monkeypatch):
+def test_exact_products_pass_the_front_end(head_dim, monkeypatch, tmp_path):
     """The front end of this Triton refuses shapes of products that another takes; the cheap part of what is below."""
     aot = pytest.importorskip("benchmarks.aot", reason="needs the source tree")
     from benchmarks.static_calls import calls
@@ -148,17 +148,19 @@ def test_exact_products_pass_the_front_end(head_dim, monkeypatch):
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", parse)
     monkeypatch.setattr(triton.runtime.driver, "_active", aot._Driver(80))
     monkeypatch.setattr(triton.knobs.runtime, "add_stages_inspection_hook", _stop_after_parsing)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))  # Triton 3.6 finds kernels made without the hook
     for call in calls(torch.float32, head_dim).values():
         call()
     assert {"forward_kernel", "grad_q_kernel", "grad_kv_kernel", "begin_chunk_kernel"} <= set(parsed)
 
 
-# By Triton 3.6, in the forward kernel of whole tiles: two registers, outside its loops. Tiles of half the keys have no
-# spill and 7 % more instructions (docs/dev/triton.md).
-_SPILLED_ONCE = {
-    (80, torch.bfloat16, 128, "window"): "4 spills, 8 bytes of stack",
-    (100, torch.bfloat16, 128, "chunk, short"): "4 spills, 8 bytes of stack",
-}
+def spilled_once(arch, dtype, head_dim, name) -> str | None:
+    """What `faults` says of the forward kernel of whole tiles by Triton 3.6: two registers are stored and loaded once a
+    program, outside its loops, where tiles of half the keys would cost more (docs/dev/triton.md)."""
+    a_window = arch == 80 and dtype != torch.float32 and 64 < head_dim <= 128 and name == "window"
+    a_chunk = (arch, dtype, head_dim, name) == (100, torch.bfloat16, 128, "chunk, short")
+    return "4 spills, 8 bytes of stack" if a_window or a_chunk else None
+
 
 # Each takes minutes: those of Blackwell are slow.
 _each_architecture = pytest.mark.parametrize(
@@ -183,15 +185,15 @@ def test_every_kernel_compiles_ahead_of_time(arch, dtype, head_dim):
     from benchmarks.static_calls import calls, forms
     from benchmarks.static_report import faults, words_of_fragments
 
-    whole_spills = _SPILLED_ONCE if version_numbers(triton.__version__) < (3, 7) else {}
+    older = version_numbers(triton.__version__) < (3, 7)
     for name, call in (calls(dtype, head_dim) | forms(dtype, head_dim)).items():
         launched = aot.compiled(call, arch)
         assert launched, name
         if name.endswith("shared"):
             assert launched[-1].name == "merge_kernel", name
         for kernel in launched:
-            once = whole_spills.get((arch, dtype, head_dim, name)) if kernel.options.get("SHARES") == 1 else None
-            assert faults(kernel) == once, f"{name} for sm_{arch}: {faults(kernel)}: {kernel}"
+            spilled = spilled_once(arch, dtype, head_dim, name) if older and kernel.options.get("SHARES") == 1 else None
+            assert faults(kernel) == spilled, f"{name} for sm_{arch}: {faults(kernel)}: {kernel}"
             if kernel.name == "forward_kernel" and arch in (80, 120) and dtype != torch.float32:
                 assert words_of_fragments(kernel) == 0, f"{name} for sm_{arch}: {kernel}"
 
