@@ -81,6 +81,11 @@ def main_loop(kernel: Compiled) -> dict | None:
     }  # fmt: skip
 
 
+def words_of_fragments(kernel: Compiled) -> int:
+    """Loads of operands in loops on tensor cores that are no ldmatrix: the compiler chose a layout that fits none."""
+    return sum(op.startswith("LDS.64") for loop in loops(kernel.sass) if any(map(_TENSOR.match, loop)) for op in loop)
+
+
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
@@ -172,11 +177,11 @@ def compare(baseline: Path, reports: dict[str, list[dict]], by: str | None = Non
     return same
 
 
-def survey(archs: list[int]) -> bool:
-    """Every kernel at every dtype and SURVEYED head size: lists those with faults, and says whether there are none."""
+def survey(archs: list[int], dtypes: list[str], head_dims: list[int]) -> bool:
+    """Every kernel at these dtypes and head sizes: lists those with faults, and says whether there are none."""
     clean = True
-    for head_dim, (name, dtype), arch in itertools.product(SURVEYED, DTYPES.items(), archs):
-        faulty = []
+    for head_dim, name, arch in itertools.product(head_dims, dtypes, archs):
+        dtype, faulty = DTYPES[name], []
         for case, call in (calls(dtype, head_dim) | forms(dtype, head_dim)).items():
             faulty += [row(case, k) for k in compiled(call, arch) if faults(k)]
         print(f"sm_{arch}, {name}, head_dim {head_dim}: {len(faulty)} with faults", flush=True)
@@ -190,10 +195,12 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--check", action="store_true", help="compare with the checked-in baseline")
     parser.add_argument("--write", action="store_true", help="write these rows into the baseline")
-    parser.add_argument("--survey", action="store_true", help="spills at every dtype and head size (an hour)")
+    parser.add_argument("--survey", action="store_true", help="spills at every head size and dtype (hours), or at:")
+    parser.add_argument("--dtype", nargs="*", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--head-dim", type=int, nargs="*", default=SURVEYED)
     arguments = parser.parse_args()
     if arguments.survey:
-        return 0 if survey(arguments.arch) else 1
+        return 0 if survey(arguments.arch, arguments.dtype, arguments.head_dim) else 1
     reports = {}
     for arch in arguments.arch:
         reports[toolchain(arch)] = report(torch.bfloat16, 128, arch)

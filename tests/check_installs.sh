@@ -4,11 +4,13 @@
 #   tests/check_installs.sh isolation  the same with --no-build-isolation: as the environment is, then with the tools it names
 #   tests/check_installs.sh python     torch 2.9: Python-only, saying so
 #   tests/check_installs.sh cuda       torch with CUDA and the nvcc that is found: `pip install .`, CUDA kernels
-#   tests/check_installs.sh versions   a wheel with CUDA kernels, built beside the torch of $PYTHON (default: .venv's),
-#                                      used with CPU-only torch; and one built with that, without nvcc, the other way
+#   tests/check_installs.sh versions   two wheels, each built once and used in all of TORCHES: one with CUDA kernels, built
+#                                      beside the torch of $PYTHON (default: .venv's), and one built beside the first
+#                                      of TORCHES without nvcc
 #   tests/check_installs.sh pythons    one wheel, built as for "versions", in each of PYTHONS with the newest torch
 # TORCH=... picks another torch; WHEEL=... is used by "versions" and "pythons" instead of building one, and EXTRAS=... is
-# installed beside it. Needs a package index: minutes, and several GB where torch has no small build.
+# installed beside it. Needs a package index: minutes, and several GB where torch has no small build. "versions" and
+# "pythons" remove each environment before they make the next.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
@@ -21,7 +23,6 @@ case "$mode" in
   cuda | pythons) torch=${TORCH:-torch} ;;
   *) echo "usage: $0 cpu|isolation|python|cuda|versions|pythons" >&2; exit 2 ;;
 esac
-[ "$mode" = versions ] && python=$newer
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST-8.0+PTX} RFKERNELS_HEAD_DIMS=${RFKERNELS_HEAD_DIMS-64}
 
 without_nvcc() { env -u CUDA_HOME -u TORCH_CUDA_ARCH_LIST PATH="$work/torch/bin:/usr/bin:/bin" "$@"; }
@@ -71,17 +72,16 @@ case "$mode" in
     use "$work/torch" "$expected" cuda
     ;;
   versions)
-    environment "$work/torch" "$python" "$torch"
     build_wheel
-    "$work/torch/bin/pip" install -q "$WHEEL" ${EXTRAS:-}
-    use "$work/torch" "$expected" cuda
-    # Built with the older torch, without nvcc; used beside the newer one, whose packages a fresh environment borrows.
-    without_nvcc pip wheel -q --no-deps -w "$work/cpu" "$work/source"
-    "$newer" -m venv --without-pip "$work/newer"
-    packages=$(echo "$work"/newer/lib/python*/site-packages)
-    "$newer" -c 'import sysconfig; print(sysconfig.get_path("platlib"))' > "$packages/shared.pth"
-    "$newer" -m pip --python "$work/newer/bin/python" install -q --no-deps --no-index "$work"/cpu/*.whl
-    use "$work/newer" "$expected"
+    for torch in ${TORCHES:-torch==2.10.0 torch==2.11.0 torch==2.13.0 torch}; do
+      environment "$work/torch" "$newer" "$torch"
+      [ -d "$work/cpu" ] || without_nvcc pip wheel -q --no-deps -w "$work/cpu" "$work/source"
+      "$work/torch/bin/pip" install -q "$work"/cpu/*.whl ${EXTRAS:-}
+      use "$work/torch" "$expected"
+      "$work/torch/bin/pip" install -q --force-reinstall --no-deps "$WHEEL"
+      use "$work/torch" "$expected" cuda
+      rm -rf "$work/torch"
+    done
     ;;
   pythons)
     build_wheel

@@ -127,7 +127,7 @@ def run_matmul(ptx, kernel, dtype, trans_a=False, trans_b=False, **options):
     ("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
 )
 def test_triton_matmul(ptx, triton_kernels, capability, name, dtype):
-    kernel = triton_kernels.matmul(name, capability)
+    kernel = triton_kernels.matmul(name, capability, num_stages=triton_kernels.right_stages(capability))
     assert ("wgmma" in kernel.asm["ptx"]) == (capability == 90)
     for trans_a, trans_b in [(False, False), (True, True)]:
         run_matmul(ptx, kernel, dtype, trans_a, trans_b)
@@ -163,7 +163,7 @@ def test_triton_half_accumulators_are_read_before_the_wait(ptx, triton_kernels):
 
 @pytest.mark.parametrize(("capability", "warps"), [(80, 4), (90, 4), (90, 8)])
 def test_attention_tile_within_a_second(ptx, triton_kernels, capability, warps):
-    kernel = triton_kernels.attention("bf16", capability, warps)
+    kernel = triton_kernels.attention("bf16", capability, warps, triton_kernels.right_stages(capability))
     torch.manual_seed(0)
     q, k, v = (torch.randn(n, 128).bfloat16() for n in (128, 1024, 1024))
     out, lse = torch.empty(128, 128, dtype=torch.bfloat16), torch.empty(128)

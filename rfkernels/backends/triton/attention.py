@@ -163,6 +163,7 @@ def _sweep_tiles(
         None if own_k is None or own_v is None else key_values(own_k, own_v), out, lse, frames, rope_of(rope),
         mask_of(mask), scale, queries, k.shape[1], heads, row_tiles.start, GROUP=heads // k.shape[2], D=head_dim,
         BLOCK_D=block_d, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SHARES=shares, STAGES=tile.stages,
-        TWO_FRAMES=frames.tokens >= tile.rows, num_warps=tile.warps, num_stages=tile.stages, **FUSION,
+        TWO_FRAMES=frames.tokens >= tile.rows, HIDE_JOIN=tiles.hides_joins(tile), num_warps=tile.warps,
+        num_stages=tile.stages, **FUSION,
         **(ALL_REGISTERS if k.dtype == torch.float32 or block_d > 128 else {}),
     )  # fmt: skip

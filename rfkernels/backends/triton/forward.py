@@ -100,17 +100,23 @@ def _sweep_segment(
 
 @triton.jit
 def _load_queries(
-    q, tile, columns, chunk, frames, rope, mask, queries, keys, DTYPE: tl.constexpr, TWO_FRAMES: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, tile, columns, chunk, frames, rope, mask, queries, keys, DTYPE: tl.constexpr, HIDE_JOIN: tl.constexpr,
+    TWO_FRAMES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries in the dtype of the keys; with a rope rotated at its frames."""
+    """A tile of queries in the dtype of the keys; with a rope rotated at its frames. HIDE_JOIN: `tiles.hides_joins`."""
     values = load_tile(q, tile, columns)
     if rope is not None:
         offset = keys - queries if mask is not None else 0
         cos, sin = query_phases(
             tile, offset, queries, chunk.first_frame, 0, frames.tokens, mask, rope, TWO_FRAMES, D, BLOCK_D
         )
-        values = rotate_tile(values, cos, sin, rope)
+        rotated = values.to(tl.float32)
+        if HIDE_JOIN:
+            if queries > 0:  # always so
+                rotated = rotate_tile(values, cos, sin, rope)
+        else:
+            rotated = rotate_tile(values, cos, sin, rope)
+        values = rotated
     return narrow(values, DTYPE)
 
 
@@ -148,7 +154,7 @@ def _store_results(
 def forward_kernel(
     q, sink_q, cached, own, OUT, LSE, frames, rope, mask, scale, queries, keys, heads, first,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SHARES: tl.constexpr, STAGES: tl.constexpr, TWO_FRAMES: tl.constexpr,
+    SHARES: tl.constexpr, STAGES: tl.constexpr, TWO_FRAMES: tl.constexpr, HIDE_JOIN: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M queries of one head and sweeps all keys they see.
 
@@ -175,7 +181,9 @@ def forward_kernel(
     )
     held = key_values_of(cached, sample, head // GROUP)
     DTYPE: tl.constexpr = cached.k.data.dtype.element_ty
-    tile_q = _load_queries(q, tile, columns.k, chunk, frames, rope, mask, queries, keys, DTYPE, TWO_FRAMES, D, BLOCK_D)
+    tile_q = _load_queries(
+        q, tile, columns.k, chunk, frames, rope, mask, queries, keys, DTYPE, HIDE_JOIN, TWO_FRAMES, D, BLOCK_D
+    )
     # Unrolled: sweeps inside another loop would take the accumulator's layout from it, and convert it in every
     # iteration (sm_100).
     for segment in tl.static_range(1 if mask is None and own is None else 2):

@@ -16,7 +16,7 @@ from ..plan import TilePlan, plan_tiles
 from . import version_numbers
 from .launch import padded
 
-_BEFORE_3_7 = version_numbers(triton.__version__) < (3, 7)
+_BEFORE_3_7, _BEFORE_3_8 = (version_numbers(triton.__version__) < (3, minor) for minor in (7, 8))
 # Below 3.7 the compiler puts no fence between what cp.async writes to shared memory and wgmma's reads of it (sm_90).
 COPIES_ARE_FENCED = not _BEFORE_3_7
 
@@ -43,6 +43,19 @@ def architecture() -> int | None:
 def family(arch: int) -> int:
     """80: warp-wide tensor cores and, on sm_86, 99 KB of shared memory a block, as on 120; 90: wgmma; 100: tcgen05."""
     return 120 if arch >= 120 else 100 if arch >= 100 else 90 if arch >= 90 else 80
+
+
+def hides_joins(tile: TileSize) -> bool:
+    """Whether queries that ``tl.join`` has put together go through a branch before their product with keys.
+
+    Below 3.8 the compiler traces an operand back to a join, takes it for one of half its width, and loads what it is
+    multiplied with word by word: twice the instructions of the loop, where products read registers (mma.sync). What
+    comes out of a branch is not traced. Elsewhere a branch only costs registers.
+    """
+    if not _BEFORE_3_8:
+        return False
+    arch = architecture()
+    return arch in (80, 120) or (arch == 90 and tile.rows < 64)
 
 
 def processors(device: torch.device) -> int:

@@ -5,6 +5,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from rfkernels.backends.triton.tiles import COPIES_ARE_FENCED
+
 
 @triton.jit
 def add_kernel(x, y, out, n, BLOCK: tl.constexpr):
@@ -83,6 +85,11 @@ def compile_ptx(kernel, signature: dict, constants: dict, capability: int, **opt
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+def right_stages(capability: int) -> int:
+    """3, or where wgmma would read what cp.async wrote without a fence: 1, for which tiles go through registers."""
+    return 3 if capability != 90 or COPIES_ARE_FENCED else 1
+
+
 TYPES = {"fp16": "*fp16", "bf16": "*bf16", "fp32": "*fp32"}
 
 
@@ -97,8 +104,8 @@ def matmul(dtype: str, capability: int, accumulator=tl.float32, depth: int = 32,
     return compile_ptx(matmul_kernel, signature, constants, capability, **options)
 
 
-def attention(dtype: str, capability: int, num_warps: int = 4):
+def attention(dtype: str, capability: int, num_warps: int = 4, num_stages: int = 3):
     signature = dict.fromkeys(("q", "k", "v", "out"), TYPES[dtype])
     signature |= {"lse": "*fp32", "scale": "fp32", "n_q": "i32", "n_k": "i32"}
     constants = {"BM": 128, "BN": 64, "D": 128}
-    return compile_ptx(attention_kernel, signature, constants, capability, num_warps=num_warps, num_stages=3)
+    return compile_ptx(attention_kernel, signature, constants, capability, num_warps=num_warps, num_stages=num_stages)
