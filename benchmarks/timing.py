@@ -92,7 +92,7 @@ class CudaTimer:
                     function()
                 self._graphs[function] = graph.replay
             except RuntimeError as error:
-                self.cuda.set_stream(stream)  # up to torch 2.11 a capture that fails leaves its own stream current
+                self.cuda.set_stream(stream)  # a capture that fails leaves its own stream current
                 self.not_captured[function] = str(error).splitlines()[0]
                 self._graphs[function] = function
         return self._graphs[function]

@@ -270,7 +270,7 @@ def test_rows_that_only_one_run_has_are_named(planted):
 
 
 class FakeCuda:
-    """What `CudaTimer` asks of torch.cuda, on a list of what it did. A failed capture leaves its stream: torch 2.11."""
+    """What `CudaTimer` asks of torch.cuda, on a list of what it did. A failed capture leaves its stream current."""
 
     def __init__(self, captures=True):
         self.log, self.captures, self.current = [], captures, self.Stream()

@@ -284,6 +284,28 @@ def test_it_says_that_it_needs_cuda():
         make(small(CPU), cuda_graph=True)
 
 
+def test_a_recording_that_fails_leaves_the_stream_as_it_was(monkeypatch):
+    """torch's own context manager does not: a GPU's error is raised at its end, before it restores the stream."""
+    current = ["before"]
+
+    @contextlib.contextmanager
+    def capture(graph, **options):
+        current[0] = options["stream"]
+        yield
+        raise RuntimeError("the capture is invalid")
+
+    standing_in = {
+        "graph_pool_handle": lambda: None, "Stream": lambda device: "of the capture", "CUDAGraph": object,
+        "device": lambda device: contextlib.nullcontext(), "graph": capture, "current_stream": lambda: current[0],
+        "set_stream": lambda stream: current.__setitem__(0, stream),
+    }  # fmt: skip
+    for name, function in standing_in.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    with pytest.raises(RuntimeError, match="the capture is invalid"):
+        graphs.CudaGraphs(torch.device("cuda")).record(lambda: torch.zeros(1))
+    assert current == ["before"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_graphs_on_a_gpu(dtype, device, backend):

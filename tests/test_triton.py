@@ -33,7 +33,8 @@ def test_in_the_interpreter(module):
     if reason := _interpreter_fault():
         pytest.skip(reason)
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-rs", str(Path(__file__).parent / module), "-k", "triton"]
+    file = str(Path(__file__).parent / module)
+    command = [sys.executable, "-m", "pytest", "-p", "interpreted", "-x", "-rs", file, "-k", "triton"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     if lacking := re.search("cannot reserve .*", run.stdout):
@@ -154,13 +155,13 @@ def test_exact_products_pass_the_front_end(head_dim, monkeypatch):
     assert {"forward_kernel", "grad_q_kernel", "grad_kv_kernel", "begin_chunk_kernel"} <= set(parsed)
 
 
-# Each takes minutes: those of Blackwell are slow.
-_each_architecture = pytest.mark.parametrize(
-    "arch", [80, 90, pytest.param(100, marks=pytest.mark.slow), pytest.param(120, marks=pytest.mark.slow)]
-)
+def _of_architectures(by_default):
+    """All of them; each takes minutes, so that the others are slow."""
+    marked = [pytest.param(arch, marks=[pytest.mark.slow] * (arch not in by_default)) for arch in _ARCHITECTURES]
+    return pytest.mark.parametrize("arch", marked)
 
 
-@_each_architecture
+@_of_architectures([80])
 @pytest.mark.parametrize(
     "dtype, head_dim",
     [
@@ -186,7 +187,7 @@ def test_every_kernel_compiles_ahead_of_time(arch, dtype, head_dim):
             assert faults(kernel) is None, f"{name} for sm_{arch}: {faults(kernel)}: {kernel}"
 
 
-@_each_architecture
+@_of_architectures([80, 90])
 def test_the_static_report_has_not_changed(arch):
     """Against the checked-in baseline, for the toolchains it knows."""
     report = pytest.importorskip("benchmarks.static_report", reason="needs the source tree")

@@ -43,8 +43,13 @@ class CudaGraphs:
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
         graph = torch.cuda.CUDAGraph()
         options: dict[str, Any] = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, **options):
-            out = function()
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            try:
+                with torch.cuda.graph(graph, **options):
+                    out = function()
+            finally:
+                torch.cuda.set_stream(current)  # a capture that fails leaves its own stream current
         return Recording(graph.replay, out)
 
 

@@ -291,7 +291,10 @@ def _initial(args: argparse.Namespace, vae: Any) -> torch.Tensor | None:
 def _encode(
     texts: Sequence[str], parts: dict[str, Path], config: CausalWanConfig, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The prompts' embeddings; the encoder, larger than the transformer, is gone when this returns."""
+    """The prompts' embeddings, each by itself: the same bits whatever else is asked for, and any number of them.
+
+    The encoder, larger than the transformer, is gone when this returns.
+    """
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     tokenizer, path = AutoTokenizer.from_pretrained(parts["tokenizer"], local_files_only=True), parts["text_encoder"]
@@ -300,7 +303,8 @@ def _encode(
         if path.is_file()
         else UMT5EncoderModel.from_pretrained(path, local_files_only=True, dtype=dtype)
     )
-    return encode_prompts(tokenizer, encoder.to(device).eval(), texts, config.text_len)
+    encoder = encoder.to(device).eval()
+    return torch.cat([encode_prompts(tokenizer, encoder, [text], config.text_len) for text in texts])
 
 
 def _model(

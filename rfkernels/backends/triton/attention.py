@@ -101,9 +101,12 @@ def sink_window_attention(request: WindowAttention) -> tuple[torch.Tensor, torch
 
 def attend(prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns out in k's dtype and lse float32 ``[B, H_q, N_q]``."""
-    q, scale = addressable(prepared.q), prepared.scale
-    if scale < 0:  # the running maximum needs a positive one
-        q, scale = -q, -scale
+    q = addressable(prepared.q)
+    if q is not prepared.q:
+        prepared = prepared._replace(q=q)
+    if prepared.scale < 0:  # the running maximum needs a positive one
+        q = -q
+        prepared = prepared._replace(q=q, scale=-prepared.scale)
     dtype = prepared.k.dtype
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
@@ -116,8 +119,7 @@ def attend(prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
     # layouts of Q and K that tensor cores cannot load at once.
     if rope is not None and rope.spatial.shape[1] == 0:
         q = rotate(q, rope, dtype, num_frames=prepared.frames.seen, first_token=first_token)
-        rope = None
-    prepared = prepared._replace(q=q, rope=rope, scale=scale)
+        prepared = prepared._replace(q=q, rope=None)
     with on_device(q):
         _launch(prepared, sink_q, out, lse)
     return out, lse
@@ -127,10 +129,11 @@ def _launch(prepared: Prepared, sink_q: torch.Tensor | None, out: torch.Tensor, 
     """sink_q: queries as they meet the sinks outside their window, where that is another rotation."""
     q = prepared.q
     batch, queries, heads, head_dim = q.shape
-    kind, block_d = (tiles.architecture(), head_dim, prepared.k.dtype, prepared.use), padded(head_dim)
+    arch, block_d = tiles.architecture(), padded(head_dim)
+    kind = arch, head_dim, prepared.k.dtype, prepared.use
     tile = tiles.forward_tile(*kind, rope=sink_q is not None, shared=False)
     row_tiles = divide_up(queries, tile.rows) * heads * batch
-    whole, shares = tiles.plan(row_tiles, prepared.longest, tile, tiles.processors(q.device))
+    whole, shares = tiles.plan(arch, row_tiles, prepared.longest, tile, tiles.processors(q.device))
     if whole > 0:
         _sweep_tiles(prepared, sink_q, out, lse, tile, range(whole), shares=1)
     tail = row_tiles - whole

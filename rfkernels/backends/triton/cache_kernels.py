@@ -24,8 +24,10 @@ def _warps(head_dim: int) -> int:
 
 
 def _cache_of(cache: CacheTensors) -> Cache:
-    sinks = (None if x is None else strided(x) for x in (cache.sink_k, cache.sink_v))
-    return Cache(strided(cache.k), strided(cache.v), *sinks)
+    k, v, sink_k, sink_v = cache
+    return Cache(
+        strided(k), strided(v), None if sink_k is None else strided(sink_k), None if sink_v is None else strided(sink_v)
+    )
 
 
 # --- begin_chunk ------------------------------------------------------------------------------------------------------

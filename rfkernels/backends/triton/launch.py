@@ -17,12 +17,17 @@ from .structs import NO_LAYERS, KeyValues, Mask, Rope, Strided
 FUSION = {"enable_fp_fusion": True}  # multiply-adds contract: Triton's default, written down
 # ptxas spills a few registers where that fits one block more on an SM, unless it is told how many there are.
 ALL_REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+_AS_IT_IS = contextlib.nullcontext()
 
 
 def strided(x: torch.Tensor) -> Strided:
     """``x [B, N, H, D]``, or ``[L, B, N, H, D]``, as a kernel's argument."""
-    sample, token, head, _ = x.stride()[-4:]
-    return Strided(x, sample, token, head, x.stride(0) if x.dim() == 5 else NO_LAYERS)
+    strides = x.stride()
+    if len(strides) == 4:  # several times for each layer of a pass
+        sample, token, head, _ = strides
+        return Strided(x, sample, token, head, NO_LAYERS)
+    layer, sample, token, head, _ = strides
+    return Strided(x, sample, token, head, layer)
 
 
 def key_values(k: torch.Tensor, v: torch.Tensor) -> KeyValues:
@@ -56,4 +61,4 @@ def pointwise_rows(block_d: int) -> int:
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device; an op may be called with tensors of another."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda else _AS_IT_IS

@@ -124,8 +124,8 @@ def backward_tile(arch: int | None, head_dim: int, dtype: torch.dtype, use: str,
     return TileSize(16 if few else 32, 32, 8, 1)
 
 
-def plan(row_tiles: int, keys: int, tile: TileSize, processors: int) -> TilePlan:
+def plan(arch: int | None, row_tiles: int, keys: int, tile: TileSize, processors: int) -> TilePlan:
     """Which tiles of queries have programs that share their keys: `plan_tiles`, of one program a processor."""
-    if triton.knobs.runtime.interpret:  # its tiles are small, so that small shapes are shared too
+    if arch is None:  # the interpreter's tiles are small, so that small shapes are shared too
         return plan_tiles(row_tiles, keys * 128 // tile.keys, 128, processors, 1)
     return plan_tiles(row_tiles, keys, tile.keys, processors, 1)
