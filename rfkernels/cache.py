@@ -104,8 +104,8 @@ class EMASinkCache:
         k: keys ``[L, B, (S + W) * T, H_kv, D]`` in ``dtype``, slots ``[sinks | ring]``, rotated. Its address
             never changes.
         v: values, as k.
-        sink_k: un-rotated keys of the sinks ``[L, B, S * T, H_kv, D]`` in ``sink_dtype`` (a view of k where k holds
-            them). None for a static sink at absolute positions, which needs none.
+        sink_k: un-rotated keys of the sinks ``[L, B, S * T, H_kv, D]`` in ``sink_dtype``, those of a static sink in
+            ``dtype`` (a view of k where k holds them). None for a static sink at absolute positions, which needs none.
         sink_v: values of the sinks, as sink_k, never None.
         num_frames: int64 ``[B]`` on the device: frames so far, the open ones included. Do not write to it.
         open_frames: F of the open chunk, 0 before the first.
