@@ -6,7 +6,7 @@ TORCH ?= torch
 # nvcc from pip, so that no system CUDA is needed to compile the CUDA kernels.
 NVCC := "cuda-toolkit[nvcc,cccl]==13.0.*"
 
-# Of the GPU that is here: its architecture, all head sizes. Else only what CI needs; `make wheel` compiles all.
+# With a GPU: its architecture and all head sizes. Without: only what CI needs. `make wheel` compiles everything.
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | sed 's/^9\.0$$/9.0a/')
 $(VENV)/.installed: export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU),8.0+PTX)
 $(VENV)/.installed: export RFKERNELS_HEAD_DIMS ?= $(if $(GPU),64 80 96 128 256,64 128)
@@ -16,12 +16,12 @@ $(VENV)/.installed: export RFKERNELS_HEAD_DIMS ?= $(if $(GPU),64 80 96 128 256,6
 demo: $(VENV)/.installed
 	$(BIN)/python -m rfkernels demo --out demo_output
 
-# A process for each core, each of which takes the tests of another when its own are done.
+# A process for each core; one that has finished its tests takes over some of another's.
 PARALLEL := -n auto --dist worksteal
 
 # At the end: the twenty slowest tests, and what was skipped and why (tests/skips.py).
 PYTEST := PYTHONPATH=tests $(BIN)/python -m pytest -p skips --durations=20
-# What one runs while working: public functions, cache, model and build; no kernel is compiled or emulated.
+# The tests to run while working: public functions, cache, model and build; no kernel is compiled or emulated.
 QUICK := $(addprefix tests/test_,$(addsuffix .py,backends build cache checkpoints chunk_attention flow_matching geometry \
 	imports ops plan redmd rope skips streaming window))
 
@@ -37,7 +37,7 @@ test-slow: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m rfkernels bench
 
-# What a GPU is asked first; it uses the running environment, for there need be no network to make another.
+# All checks and measurements for a GPU. It uses the running environment, because the machine may have no network.
 MINUTES ?= 8
 OUT ?= gpu_check
 gpu-check:
@@ -60,14 +60,14 @@ lint: $(VENV)/.tools
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
 	$(BIN)/codespell $$(git ls-files ':!*.json' ':!*.svg' ':!*.ptx' ':!*.png' ':!*.safetensors')
 
-# The site, in build/site; a warning, or a link that leads nowhere, is an error. Pictures are drawn anew before.
+# The site, in build/site; a warning or a dead link is an error. The pictures are redrawn first.
 docs: $(VENV)/.docs
 	$(BIN)/python docs/ring.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# One wheel for every Python, tagged with the oldest glibc that auditwheel finds it to load beside, and one with the demo's
-# weights and the benchmarks. The date of the last commit stands in for that of the build: the same bytes each time.
-# -v: what is compiled and what is left out is said while it happens. Modules of earlier builds must not get in.
+# One wheel for every Python, which auditwheel tags with the oldest glibc that it works with, and one with the demo's weights
+# and the benchmarks. The date of the last commit is used as that of the build, so that the bytes are the same each time.
+# -v shows what is compiled and what is left out. Modules of earlier builds must not get into the wheel.
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
 wheel: $(VENV)/.tools
 	rm -rf build/lib* build/bdist* build/wheel extras/build

@@ -1,6 +1,6 @@
 """A video from a diffusers pipeline, chunk by chunk as it is made: ``python examples/diffusers_stream.py``.
 
-Runs as it stands, in seconds and without a download: the pipeline is tiny, with random weights, and its video is noise.
+Runs in seconds and without a download: the pipeline is tiny, with random weights, and its video is noise.
 ``main`` says what to change for a real one.
 """
 

@@ -20,6 +20,7 @@ from rfkernels.tools.tiny import command as train
 def info(args: argparse.Namespace) -> int:
     rows = {
         "rfkernels": rf.__version__,
+        "imported from": str(Path(rf.__file__).parent),
         "python": platform.python_version(),
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'not built in'})",
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",

@@ -86,8 +86,22 @@ def chunk_attention(
     """`streaming_attention` as a pure function of the chunk and its frozen past: nothing is written.
 
     Gradients flow to q, k and v (through out and lse), not to the past, to evicted frames or to alpha. Safe under
-    activation checkpointing, which runs it twice. Arguments, returns and errors as in `streaming_attention`;
-    ``context`` is ``cache[i].context()``.
+    activation checkpointing, which runs it twice.
+
+    Args:
+        q: ``[B, F * T, H_q, D]``, un-rotated (as given if the cache has no rope). H_kv divides H_q.
+        k, v: ``[B, F * T, H_kv, D]``, un-rotated; any floating dtypes.
+        context: ``cache[i].context()``, the past of the open chunk.
+        scale: of the scores, default ``D ** -0.5``.
+        backend: for this call; default as in `use_backend`.
+
+    Returns:
+        out like q in v's dtype; with return_lse also the natural-log normaliser, float32 (float64) ``[B, H_q, F * T]``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit; TypeError: not floating.
+
+    Source: as `streaming_attention`.
     """
     past, geometry = context.past, context.geometry
     sizes = (context.batch_size, context.frames * geometry.frame_tokens, context.num_kv_heads, context.head_dim)
@@ -128,10 +142,11 @@ def sink_window_attention(
     attention with sinks (StreamingLLM). Differentiable in q, k and v, through out and lse.
 
     Args:
-        q: ``[B, N_q, H_q, D]``; k, v: ``[B, N_k, H_kv, D]``; N_q <= N_k, H_kv divides H_q. Any floating dtypes; scores
-            are computed with q and k rounded to v's.
-        sink_tokens: >= 0; window_tokens: >= 1, or None for no limit; chunk_tokens: >= 1, or the length of every
-            chunk, which add up to N_k (a call for each; any partition).
+        q: ``[B, N_q, H_q, D]``, N_q <= N_k, H_kv divides H_q.
+        k, v: ``[B, N_k, H_kv, D]``. Any floating dtypes; scores are computed with q and k rounded to v's.
+        sink_tokens: >= 0.
+        window_tokens: >= 1, the query's own chunk included, or None for no limit.
+        chunk_tokens: >= 1, or the length of every chunk, which add up to N_k (a call for each; any partition).
         first_chunk_tokens: >= 1, if the first chunk has another length.
         own_chunk: False hides the query's own chunk (the clean-context half of teacher forcing, to be joined by
             `merge_attention`). A query that sees nothing gets zeros and lse = -inf.
@@ -145,6 +160,9 @@ def sink_window_attention(
 
     Raises:
         ValueError, TypeError: naming the argument.
+
+    Source: "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453) for sinks beside a window;
+    chunks and positions as in "Reward Forcing" (arXiv 2512.04678).
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         checks.tensor(name, x, 4, q.device if name != "q" else None)
@@ -259,12 +277,13 @@ def dense_attention(
     With `merge_attention` it extends another result by further keys. Differentiable in q, k and v, through out and lse.
 
     Args:
-        q: ``[B, N_q, H_q, D]``; k, v: ``[B, N_k, H_kv, D]``, H_kv divides H_q. Any floating dtypes, used as given.
+        q: ``[B, N_q, H_q, D]``, H_kv divides H_q.
+        k, v: ``[B, N_k, H_kv, D]``. Any floating dtypes, used as given (not rotated).
         scale, backend: as in `sink_window_attention`.
 
     Returns:
-        out like q in v's dtype; with return_lse also the natural-log normaliser ``[B, H_q, N_q]``. Without keys zeros
-        and -inf.
+        out like q in v's dtype; with return_lse also the natural-log normaliser, float32 (float64) ``[B, H_q, N_q]``.
+        Without keys zeros and -inf.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -305,7 +324,8 @@ def merge_attention(
     """Attention over the union of two disjoint sets of keys, from the outputs and normalisers over each.
 
     Args:
-        out1, out2: ``[B, N, H, D]``; lse1, lse2: natural-log normalisers ``[B, H, N]``. Differentiable in all four.
+        out1, out2: ``[B, N, H, D]``, floating.
+        lse1, lse2: natural-log normalisers ``[B, H, N]``. Differentiable in all four.
 
     Returns:
         out in out1's dtype, and lse. Rows that see nothing in either stay zeros and -inf.

@@ -29,10 +29,12 @@ class CacheLayer:
 
     @property
     def k(self) -> torch.Tensor:
+        """Keys ``[B, (S + W) * T, H_kv, D]``, slots ``[sinks | ring]``, rotated."""
         return self._tensors.k
 
     @property
     def v(self) -> torch.Tensor:
+        """Values ``[B, (S + W) * T, H_kv, D]``, slots as of k."""
         return self._tensors.v
 
     def write(self, k: torch.Tensor, v: torch.Tensor, backend: str | None = None) -> None:
@@ -99,10 +101,13 @@ class EMASinkCache:
     The arguments can be read under their names.
 
     Attributes:
-        k, v: ``[L, B, (S + W) * T, H_kv, D]``, slots ``[sinks | ring]``, keys rotated. Addresses never change.
-        sink_k, sink_v: ``[L, B, S * T, H_kv, D]``, the sink with un-rotated keys (views of k, v where these are the
-            accumulators). sink_k is None for a static sink at absolute positions, which needs none.
-        num_frames: int64 ``[B]`` on the device: frames so far, the open ones included.
+        k: keys ``[L, B, (S + W) * T, H_kv, D]`` in ``dtype``, slots ``[sinks | ring]``, rotated. Its address
+            never changes.
+        v: values, as k.
+        sink_k: un-rotated keys of the sinks ``[L, B, S * T, H_kv, D]`` in ``sink_dtype``, those of a static sink in
+            ``dtype`` (a view of k where k holds them). None for a static sink at absolute positions, which needs none.
+        sink_v: values of the sinks, as sink_k, never None.
+        num_frames: int64 ``[B]`` on the device: frames so far, the open ones included. Do not write to it.
         open_frames: F of the open chunk, 0 before the first.
         full: every stream has filled its window.
         ages: frames so far of every stream, ``num_frames`` as the host knows it.
@@ -193,7 +198,13 @@ class EMASinkCache:
     def from_wan_config(cls, local_attn_size: int = 9, sink_size: int = 3, **config: Any) -> EMASinkCache:
         """A cache from the names of a Wan / Reward-Forcing config; defaults are the published 1.3B model at 832 x 480.
 
-        ``window_frames = local_attn_size - sink_size``; ``config``: see `wan_config.cache_arguments`.
+        ``window_frames = local_attn_size - sink_size``. ``config`` takes num_layers (30), batch_size (1), dim (1536),
+        num_heads (12), latent_height (60), latent_width (104), patch_size (1, 2, 2), dtype (bfloat16), sink_dtype
+        (``"published"``: the cache's dtype; None: float32), and alpha, sink_positions, nonfinite and device of
+        `EMASinkCache`.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
         """
         return cls(**wan_config.cache_arguments(local_attn_size, sink_size, **config))
 
@@ -331,11 +342,13 @@ class EMASinkCache:
 
     @property
     def sink_k(self) -> torch.Tensor | None:
+        """Un-rotated keys of the sinks, ``[L, B, S * T, H_kv, D]``; None for a static sink at absolute positions."""
         own = self._tensors.sink_k
         return own if own is not None or self.rope is not None else self._sinks_of(self.k)
 
     @property
     def sink_v(self) -> torch.Tensor:
+        """Values of the sinks, ``[L, B, S * T, H_kv, D]``."""
         own = self._tensors.sink_v
         return self._sinks_of(self.v) if own is None else own
 
@@ -357,7 +370,11 @@ class EMASinkCache:
         return sum(x.numel() * x.element_size() for x in self._state_tensors().values())
 
     def reset(self, samples: Iterable[int] | None = None) -> None:
-        """Forgets everything, or only the given streams (host indices); addresses stay."""
+        """Forgets everything, or only the given streams (host indices); addresses stay.
+
+        Raises:
+            ValueError, TypeError, IndexError: ``samples`` that are not streams of the batch.
+        """
         chosen = checks.samples(samples, self.batch_size)
 
         def cleared(num_frames: torch.Tensor) -> torch.Tensor:
@@ -400,11 +417,11 @@ class EMASinkCache:
         return _rebuilt, (self._arguments() | {"device": str(self.device)}, self.snapshot())
 
     def snapshot(self) -> dict[str, Any]:
-        """A copy of the whole state, for `restore`."""
+        """A copy of the whole state, for `restore`: the tensors on their device, and the host's numbers."""
         return {k: x.clone() if isinstance(x, torch.Tensor) else x for k, x in self.state_dict().items()}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Goes back to a `snapshot`, bit for bit; as `load_state_dict`."""
+        """Goes back to a `snapshot`, bit for bit; errors as in `load_state_dict`."""
         self.load_state_dict(snapshot)
 
     def to(self, device: torch.device | str) -> EMASinkCache:

@@ -24,22 +24,27 @@ class Context:
 
     @property
     def device(self) -> torch.device:
+        """Where its tensors are: the cache's device."""
         return self.past.k.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of its keys and values: the cache's dtype."""
         return self.past.k.dtype
 
     @property
     def batch_size(self) -> int:
+        """B, the streams of the cache."""
         return self.past.k.shape[0]
 
     @property
     def num_kv_heads(self) -> int:
+        """H_kv."""
         return self.past.k.shape[2]
 
     @property
     def head_dim(self) -> int:
+        """D."""
         return self.past.k.shape[3]
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .toolchain import OLDEST_TORCH, oldest_torch
+from .toolchain import OLDEST_TORCH, oldest_torch, site_packages
 
 
 def torch_version() -> tuple[int, int]:
@@ -43,16 +43,37 @@ def _read_build(library: Path) -> Build:
         raise AttributeError(str(error)) from None
 
 
+def why_none_was_built(package: Path) -> str:
+    """Why the folder of the package holds no library: a Python-only install, or a source tree that hides the install.
+
+    Python started in a clone imports the clone's ``rfkernels/``, which holds a library only after ``pip install -e``.
+    """
+    tree = package.parent
+    if not (tree / "setup.py").is_file():
+        return (
+            "this is a Python-only install: when it was built there was no C++ compiler, no cmake, or no torch >= "
+            f"{oldest_torch()} in the environment (reinstall with all of them present)"
+        )
+    elsewhere = (folder / package.name for folder in site_packages() if folder.resolve() != tree.resolve())
+    installed = next((folder for folder in elsewhere if (folder / "native.py").is_file()), None)
+    if installed is not None:
+        return (
+            f"Python imported the source tree in {tree}, where nothing is compiled, and not the package installed in "
+            f"{installed}: start Python in another folder"
+        )
+    return (
+        f"Python imported the source tree in {tree}, where nothing is compiled: run `pip install .` there and start "
+        "Python in another folder, or run `pip install -e .`"
+    )
+
+
 def _load() -> tuple[str | None, Build | None]:
     """Loads the kernel library; returns why it could not, and what it says of itself."""
     if torch_version() < OLDEST_TORCH:
         return f"torch {torch.__version__} is older than {oldest_torch()}, which they need", None
     libraries = sorted(path for path in Path(__file__).parent.glob("rfkernels_kernels.*") if path.suffix != ".new")
     if not libraries:
-        return (
-            "this is a Python-only install: when it was built there was no C++ compiler, no cmake, or no torch >= "
-            f"{oldest_torch()} in the environment (reinstall with all of them present)"
-        ), None
+        return why_none_was_built(Path(__file__).parent), None
     try:
         build = _read_build(libraries[0])
         torch.ops.load_library(str(libraries[0]))

@@ -58,6 +58,20 @@ def test_says_why_it_cannot_compile(setup_py, monkeypatch, tmp_path, version, re
     assert (found is None) if reason is None else (reason.replace(".cu", "+cu") in found)
 
 
+def test_says_why_there_is_no_library(monkeypatch, tmp_path):
+    tree, site = tmp_path / "clone" / "rfkernels", tmp_path / "site" / "rfkernels"
+    for package in (tree, site):
+        package.mkdir(parents=True)
+        (package / "native.py").touch()
+    monkeypatch.setattr(native, "site_packages", lambda: [tree.parent, site.parent])
+    assert "this is a Python-only install" in native.why_none_was_built(site)
+    (tree.parent / "setup.py").touch()
+    said = native.why_none_was_built(tree)
+    assert f"imported the source tree in {tree.parent}" in said and f"not the package installed in {site}" in said
+    (site / "native.py").unlink()
+    assert "run `pip install .` there and start Python in another folder" in native.why_none_was_built(tree)
+
+
 def test_says_that_there_is_no_compiler(setup_py, monkeypatch):
     monkeypatch.setattr(setup_py, "find_torch", lambda: (Path("torch"), "2.14.1"))
     monkeypatch.setattr(setup_py, "find_compiler", lambda: None)

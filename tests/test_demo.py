@@ -91,4 +91,4 @@ def test_errors(tmp_path, capsys, monkeypatch):
     find = demo.importlib.util.find_spec
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "tqdm" else find(name))
     assert __main__.main(["demo", "--out", str(tmp_path)]) == 1
-    assert "pip install rfkernels[demo]" in capsys.readouterr().err
+    assert 'pip install "rfkernels[demo]"' in capsys.readouterr().err

@@ -210,13 +210,27 @@ def _first(operation: str, device: torch.device, dtype: torch.dtype, head_dim: i
 
 
 def available_backends(device: torch.device | str | None = None) -> list[str]:
-    """Names of the backends that work on ``device`` (default: cuda where there is one, else cpu)."""
+    """Names of the backends that work on ``device`` (default: cuda where there is one, else cpu).
+
+    Raises:
+        RuntimeError: torch's own, for a ``device`` that is none.
+    """
     device = _default_device(device)
     return [name for name, backend in _MODULES.items() if backend.unavailable(device) is None]
 
 
 def explain_backends(device: torch.device | str | None = None) -> dict[str, str]:
-    """For each backend, and for ``auto``, what it is here or why it does not work here."""
+    """For each backend, and for ``auto``, a line that says what it is here, or why it does not work here.
+
+    Args:
+        device: default cuda where there is one, else cpu.
+
+    Returns:
+        a dict from names to lines: ``"available: ..."`` or ``"not available: ..."``; for ``auto`` what it takes.
+
+    Raises:
+        RuntimeError: torch's own, for a ``device`` that is none.
+    """
     device = _default_device(device)
     rows = {}
     for name, backend in _MODULES.items():

@@ -241,6 +241,7 @@ class DiffusersWan:
         return self._seam.device
 
     def parameters(self) -> Iterator[torch.Tensor]:
+        """The transformer's weights."""
         return self._seam.transformer.parameters()
 
     def make_cache(self, batch_size: int, height: int, width: int, **options: Any) -> EMASinkCache:

@@ -37,7 +37,8 @@ def flow_matching_loss(
         timesteps: in 0..1000, ``[B]`` or ``[B, F]``; default one for each clip, `FlowMatchSchedule.random_timesteps`
             with ``shift``.
         noise: eps, of clean's shape; default standard normal.
-        weight: ``[B]``. mask: bool, broadcastable to clean.
+        weight: w_b, ``[B]``, default 1.
+        mask: bool, broadcastable to clean.
         generator: of what is drawn, one or one for each sample.
 
     Returns:
@@ -70,9 +71,24 @@ def critic_loss(
     noise: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """What keeps the critic (the fake score of DMD) up with the student: `flow_matching_loss` on generated samples.
+    """The loss that trains the critic (the fake score of DMD) on the student's samples: `flow_matching_loss` on them.
 
     The student gets no gradient. Timesteps by default as published: uniform for each clip, shifted, clamped to 2-98 %.
+
+    Args:
+        critic: ``critic(x_t, timesteps, context)`` gives the flow, e.g. a `CausalWan`.
+        generated: the student's clean clips ``[B, F, C, h, w]``.
+        context: what the critic takes, e.g. text embeddings ``[B, n, text_dim]``.
+        timesteps, noise: as in `flow_matching_loss`.
+        options: its other arguments: shift, weight, mask, generator, and those of the critic.
+
+    Returns:
+        a scalar, float32 (float64 for float64 samples).
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+
+    Source: DMD's fake score, as in "Reward Forcing" (arXiv 2512.04678).
     """
     return flow_matching_loss(critic, generated, context, timesteps, noise, **options)
 

@@ -36,11 +36,17 @@ def redmd_loss(
         fake, real_cond, real_uncond, fake_uncond: predictions of x0, of x's shape; the unconditional ones may be None
             (no guidance).
         weight: ``[B]``, w_b, e.g. ``exp(beta * reward)``.
+        guidance_scale: g of ``real``; fake_guidance_scale is the same for ``fake``, used where fake_uncond is given.
         mask: bool, broadcastable to x.
         backend: for this call; default as in `use_backend`.
 
+    Returns:
+        a scalar, float32 (float64 for float64 latents).
+
     Raises:
         ValueError, TypeError: naming the argument.
+
+    Source: Re-DMD in "Reward Forcing" (arXiv 2512.04678, section 3.3).
     """
     request = ReDMD(
         x, fake, real_cond, real_uncond, fake_uncond, weight, mask, guidance_scale, fake_guidance_scale, need_grad=True
@@ -83,14 +89,23 @@ def _check_x(x: torch.Tensor) -> None:
 
 
 def reward_weights(reward: torch.Tensor, beta: float, max_weight: float | None = None) -> torch.Tensor:
-    """``min(exp(beta * reward), max_weight)`` of ``[B]`` rewards, in float32 (float64), without gradient."""
+    """``min(exp(beta * reward), max_weight)`` of ``[B]`` rewards, in float32 (float64), without gradient.
+
+    Raises:
+        ValueError, TypeError: a reward that is not a floating-point tensor ``[B]``.
+
+    Source: Re-DMD in "Reward Forcing" (arXiv 2512.04678, section 3.3); the paper's beta is the inverse of this one.
+    """
     checks.tensor("reward", reward, 1)
     weight = (beta * reward.detach().to(accumulate_dtype(reward.dtype))).exp()
     return weight if max_weight is None else weight.clamp(max=max_weight)
 
 
 def effective_sample_size(weight: torch.Tensor) -> torch.Tensor:
-    """``(sum w)**2 / sum w**2``, from 1 (one sample has all the weight) to B (all have the same); nan if all are 0."""
+    """``(sum w)**2 / sum w**2`` of weights ``[B]``: a scalar tensor in their dtype.
+
+    From 1 (one sample has all the weight) to B (all have the same); nan if all are 0.
+    """
     return weight.sum().square() / weight.square().sum()
 
 
@@ -110,6 +125,8 @@ class ReDMDLoss(torch.nn.Module):
 
     Raises:
         ValueError: a beta or guidance scale that is not finite, a max_weight that is not positive.
+
+    Source: "Reward Forcing" (arXiv 2512.04678, section 3.3).
     """
 
     def __init__(
@@ -154,8 +171,8 @@ class ReDMDLoss(torch.nn.Module):
             sample_weight: ``[B]``, multiplies the weights of the reward.
 
         Returns:
-            loss; metrics ``weight`` ``[B]`` as it was used, ``effective_sample_size`` of it, and ``gradient_norm``
-            ``[B]``, the norm of the loss's gradient in each sample of x (where x wants one).
+            loss, a scalar in float32 (float64); metrics ``weight`` ``[B]`` as it was used, ``effective_sample_size``
+            of it, and ``gradient_norm`` ``[B]``, the norm of the loss's gradient in each sample (where x wants one).
 
         Raises:
             ValueError, TypeError: naming the argument.

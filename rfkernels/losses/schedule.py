@@ -81,12 +81,12 @@ class FlowMatchSchedule:
 
     @staticmethod
     def clean(noisy: torch.Tensor, flow: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
-        """x0 = x_t - sigma v."""
+        """x0 = x_t - sigma v, ``[B, F, ...]``; timesteps as in `add_noise`."""
         return (noisy - _sigma(timestep, noisy) * flow).to(noisy.dtype)
 
     @staticmethod
     def flow(noisy: torch.Tensor, clean: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
-        """v = (x_t - x0) / sigma, for sigma > 0."""
+        """v = (x_t - x0) / sigma, ``[B, F, ...]``, for sigma > 0; timesteps as in `add_noise`."""
         return ((noisy - clean) / _sigma(timestep, noisy)).to(noisy.dtype)
 
 

@@ -63,6 +63,7 @@ class CausalWanConfig:
 
     @property
     def head_dim(self) -> int:
+        """Size of a head, ``dim / num_heads``."""
         return self.dim // self.num_heads
 
     def grid(self, height: int, width: int) -> tuple[int, int]:

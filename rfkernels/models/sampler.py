@@ -57,7 +57,9 @@ class StreamingSampler:
             sink_positions, dtype).
 
     Attributes:
-        cache: the `EMASinkCache`. chunk: number of chunks so far. frames: latent frames so far, initial ones included.
+        cache: the `EMASinkCache`.
+        chunk: number of chunks so far.
+        frames: latent frames so far, initial ones included.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -289,7 +291,10 @@ class StreamingSampler:
 
     @torch.no_grad()
     def reset(self, keep_sink: bool = False) -> None:
-        """Starts another video. keep_sink: the sink frames stay, as if they were its first frames."""
+        """Starts another video.
+
+        keep_sink: the sink frames stay, as if they were the new video's first frames.
+        """
         cache, tokens = self.cache, self.cache.frame_tokens
         kept = min(self.frames, cache.sink_frames) if keep_sink else 0
         fixed = cache.sink_k is None  # sinks that never move have no un-rotated keys

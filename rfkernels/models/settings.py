@@ -54,6 +54,7 @@ class StreamSettings:
 
     @property
     def schedule(self) -> FlowMatchSchedule:
+        """The noise schedule with this shift."""
         return FlowMatchSchedule(self.shift)
 
     @property

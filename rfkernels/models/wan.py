@@ -44,8 +44,13 @@ class MaskTokens(TypedDict):
 class ChunkMask:
     """What a full-sequence pass of a causal model sees: the chunks, sinks and window of a stream with alpha = 1.
 
-    chunk_frames: frames of a chunk, or of every chunk of the clip; first_chunk_frames: of the first one, up to the
-    window. sink_frames, window_frames (the own chunk included): as in `EMASinkCache`.
+    Args:
+        chunk_frames: frames of a chunk, or the frames of every chunk of the clip.
+        sink_frames, window_frames: as in `EMASinkCache`; the window includes the own chunk.
+        first_chunk_frames: of the first chunk, up to the window; default as the others.
+
+    Raises:
+        ValueError, TypeError: naming the field.
     """
 
     chunk_frames: int | Sequence[int] = 3
@@ -212,6 +217,9 @@ class CausalWan(nn.Module):
         config: sizes, or the name of a preset ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.2-ti2v-5b",
             "tiny").
         checkpointing: recompute blocks in the backward pass instead of keeping their activations.
+
+    Raises:
+        ValueError: an unknown preset.
     """
 
     def __init__(self, config: CausalWanConfig | str = "wan2.1-t2v-1.3b", checkpointing: bool = False):
@@ -243,6 +251,7 @@ class CausalWan(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights."""
         return self.patch_embedding.weight.dtype
 
     @property
@@ -268,12 +277,22 @@ class CausalWan(nn.Module):
         """An `EMASinkCache` for latent frames of ``height`` x ``width``, in the model's dtype and on its device.
 
         ``options`` are the cache's: sink_frames (3), window_frames (6), alpha, sink_dtype, sink_positions, ...
+
+        Raises:
+            ValueError, TypeError: a size that the patches do not divide; otherwise as `EMASinkCache`.
         """
         own = {"rope": self.rope(height, width), "dtype": self.dtype, "device": self.device}
         return new_cache(self.config, batch_size, height, width, **(own | options))
 
     def encode_context(self, context: torch.Tensor) -> list[KV]:
-        """Keys and values of every layer's cross-attention to text embeddings ``[B, n, text_dim]``, once per prompt."""
+        """Keys and values of every layer's cross-attention to text embeddings ``[B, n, text_dim]``, once per prompt.
+
+        Returns:
+            for each layer a pair (k, v), each ``[B, n, heads, head_dim]``: what `forward` takes as ``context``.
+
+        Raises:
+            ValueError, TypeError: as `forward`.
+        """
         return self(None, None, context)
 
     def forward(

@@ -114,7 +114,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be at least 0, got {args.seed}")
     for package in ("matplotlib", "skimage", "tqdm"):
         if importlib.util.find_spec(package) is None:
-            raise ImportError(f"the demo needs {package}: pip install rfkernels[demo]")
+            raise ImportError(f'the demo needs {package}: pip install "rfkernels[demo]"')
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,8 +18,13 @@ from ..models.wrappers import unwrapped
 
 
 class Rollout(NamedTuple):
-    """latents: ``[B, N, C, h, w]`` clean; where gradients are enabled, with one from frame ``first_grad_frame`` on.
-    exit_steps: of each chunk, the index of the step whose prediction it is."""
+    """What `SelfForcingRollout` returns.
+
+    Attributes:
+        latents: the clean clips, ``[B, N, C, h, w]``.
+        first_grad_frame: where gradients are enabled, latents have one from this frame on.
+        exit_steps: for each chunk, the index of the denoising step whose prediction it is.
+    """
 
     latents: torch.Tensor
     first_grad_frame: int
@@ -27,7 +32,7 @@ class Rollout(NamedTuple):
 
     @property
     def graded(self) -> torch.Tensor:
-        """The frames from first_grad_frame on: what the scores are asked about."""
+        """The latents from first_grad_frame on, ``[B, n, C, h, w]``, which the scores judge."""
         return self.latents[:, self.first_grad_frame :]
 
 

@@ -21,6 +21,9 @@ def shard(model: CausalWan, mesh: DeviceMesh | None = None, dtype: torch.dtype |
     Args:
         mesh: of one dimension, default all ranks.
         dtype: of weights and activations within a pass, e.g. bfloat16; gradients are then reduced in float32.
+
+    Returns:
+        the model. Errors are those of torch's ``fully_shard``: without torch.distributed, for example.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 

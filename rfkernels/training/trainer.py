@@ -37,7 +37,8 @@ class ReDMDTrainer:
         config: settings.
 
     Attributes:
-        step_index: steps done. ema: the student's moving average by the plain model's names, or None before it begins.
+        step_index: steps done.
+        ema: moving average of the student's weights, float32, by the plain model's names; None before it begins.
         unfinished: metrics of the student's part of a step whose critic's part failed; else None.
 
     Raises:

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             if missing:
                 raise ValueError(f"--phase {name} needs {', '.join(missing)}, which {args.out} does not have yet")
     except ImportError as error:
-        print(f"error: training needs {error.name}: pip install rfkernels[demo]", file=sys.stderr)
+        print(f'error: training needs {error.name}: pip install "rfkernels[demo]"', file=sys.stderr)
         return 1
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
