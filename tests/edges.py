@@ -27,9 +27,12 @@ WINDOWS = [
         (192 + keys, 256 + keys, 64 + sinks, 64, 1) for keys, sinks in itertools.product(AROUND, (-1, 1))
     ),  # two segments
     *((128, 256, 64 + sinks, 64 - sinks, 32) for sinks in AROUND),
-    # From the first key of the first row to that of the last: 64 and 128, and their neighbours.
-    *((65 + rows, 300, 3, 150, 1) for rows in AROUND),
-    *((128, 600, 5, 300, 128 + tokens) for tokens in AROUND),
+]
+# From the first key of the first row to that of the last: 64 and 128, and their neighbours. Only scores that fall show
+# what comes before the first key, and no sink may outweigh it.
+FIRST_KEYS = [
+    *((65 + rows, 300, 0, 150, 1) for rows in AROUND),
+    *((128, 600, 0, 300, 128 + tokens) for tokens in AROUND),
 ]
 # Tokens of a frame and frames before the open one.
 STREAMS = [*((128 + tokens, 1) for tokens in AROUND), *((64 + tokens, 2) for tokens in AROUND), (65, 11), (63, 11)]
@@ -42,6 +45,10 @@ def in_turns(cases: list) -> list:
         pytest.param(case, slope, id=f"{name}-{case}".replace(" ", ""), marks=[pytest.mark.slow] * ((i + j) % 2))
         for (i, case), (j, (name, slope)) in both
     ]
+
+
+def falling(cases: list) -> list:
+    return [pytest.param(case, -SLOPE, id=f"falling-{case}".replace(" ", "")) for case in cases]
 
 
 def rising(queries: int, keys: int, slope: float, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
@@ -77,6 +84,19 @@ def run_constant(backend: str, device: torch.device, dtype: torch.dtype) -> None
     with rf.use_backend(backend):
         out = rf.sink_window_attention(q, k, torch.ones_like(k), sink_tokens=0, window_tokens=None, chunk_tokens=512)
     assert torch.equal(out, torch.ones_like(out))
+
+
+def run_unbiased(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Output and gradients, of few queries and many keys, which blocks share: nothing is truncated on the way."""
+    qkv = [torch.randn(1, tokens, 1, HEAD_DIM, device=device).to(dtype) for tokens in (64, 768, 768)]
+    incoming, results = torch.randn(1, 64, 1, HEAD_DIM, device=device).to(dtype), []
+    for name, run_dtype in ((backend, dtype), ("reference", torch.float64)):
+        inputs = [x.to(run_dtype).requires_grad_() for x in qkv]
+        with rf.use_backend(name):
+            out = rf.sink_window_attention(*inputs, sink_tokens=0, window_tokens=None, chunk_tokens=1024)
+        results.append((out, *torch.autograd.grad(out, inputs, incoming.to(run_dtype))))
+    for what, got, exact in zip(("out", "grad_q", "grad_k", "grad_v"), *results, strict=True):
+        budget.check_unbiased(got, exact, what, dtype)
 
 
 def run_stream(

@@ -21,7 +21,7 @@ def kernels(emulated, hopper: bool):
 
 
 @each_kernel
-@pytest.mark.parametrize("case, slope", edges.in_turns(edges.WINDOWS))
+@pytest.mark.parametrize("case, slope", [*edges.in_turns(edges.WINDOWS), *edges.falling(edges.FIRST_KEYS)])
 def test_windows(device, emulated, case, slope, hopper):
     with kernels(emulated, hopper):
         edges.run_window("cuda", device, torch.bfloat16, case, slope)
@@ -39,3 +39,7 @@ def test_streams(device, emulated, case, chunk, slope, hopper):
 def test_weights_are_rounded_to_the_nearest(device, emulated, hopper):
     with kernels(emulated, hopper):
         edges.run_constant("cuda", device, torch.bfloat16)
+
+
+def test_nothing_is_truncated(device):
+    edges.run_unbiased("cuda", device, torch.bfloat16)
