@@ -38,6 +38,12 @@ FIRST_KEYS = [
 STREAMS = [*((128 + tokens, 1) for tokens in AROUND), *((64 + tokens, 2) for tokens in AROUND), (65, 11), (63, 11)]
 
 
+# Queries, keys, window. In a tile of 128 rows or keys, or of 32, the last begins and the first ends beside a multiple
+# of 32, which is what the backward kernels sweep at a time.
+GRADIENTS = {128: (146, 240, 189), 32: (64, 94, 93)}
+BOTH = pytest.mark.parametrize("slope", [SLOPE, -SLOPE], ids=["rising", "falling"])
+
+
 def in_turns(cases: list) -> list:
     """Each case with rising and with falling scores, of which every second one is slow."""
     both = itertools.product(enumerate(cases), enumerate((("rising", SLOPE), ("falling", -SLOPE))))
@@ -78,6 +84,18 @@ def run_window(backend: str, device: torch.device, dtype: torch.dtype, case: tup
     compare(str(case), *results, dtype)
 
 
+def run_gradients(
+    backend: str, device: torch.device, dtype: torch.dtype, case: tuple[int, int, int], slope: float
+) -> None:
+    """A tile that is taken for one that every row sees has a key or a row too many, which outweighs its neighbours."""
+    queries, keys, window = case
+    oracle.compare(
+        backend,
+        lambda _, *qkv: rf.sink_window_attention(*qkv, sink_tokens=0, window_tokens=window, return_lse=True),
+        rising(queries, keys, slope, dtype, device), dtype,
+    )  # fmt: skip
+
+
 def run_constant(backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """Values of 1 give 1: weights are rounded to the nearest, for truncated ones sum to a unit less."""
     q, k = (torch.randn(1, tokens, 1, HEAD_DIM, device=device).to(dtype) for tokens in (128, 512))
@@ -86,9 +104,9 @@ def run_constant(backend: str, device: torch.device, dtype: torch.dtype) -> None
     assert torch.equal(out, torch.ones_like(out))
 
 
-def run_unbiased(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+def run_unbiased(backend: str, device: torch.device, dtype: torch.dtype, keys: int = 768) -> None:
     """Output and gradients, of few queries and many keys, which blocks share: nothing is truncated on the way."""
-    qkv = [torch.randn(1, tokens, 1, HEAD_DIM, device=device).to(dtype) for tokens in (64, 768, 768)]
+    qkv = [torch.randn(1, tokens, 1, HEAD_DIM, device=device).to(dtype) for tokens in (64, keys, keys)]
     incoming, results = torch.randn(1, 64, 1, HEAD_DIM, device=device).to(dtype), []
     for name, run_dtype in ((backend, dtype), ("reference", torch.float64)):
         inputs = [x.to(run_dtype).requires_grad_() for x in qkv]

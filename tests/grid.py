@@ -118,8 +118,9 @@ def run_life(backend: str, device: torch.device, dtype: torch.dtype, life: Life,
         stage = tuple((seen > edge) - (seen < edge) for edge in (life.sinks, capacity))
         every_layer(streams, life, attending=stage not in reached)
         reached.add(stage)
-    for frames, replace in ((life.frames, life.frames), (life.window, life.window // 2)):
-        streams.begin(frames, replace)
+    some = [0] if life.batch > 1 else None  # the others rest with full caches, of which nothing may leave
+    for frames, replace, samples in ((life.frames, life.frames, None), (life.window, life.window // 2, some)):
+        streams.begin(frames, replace, samples=samples)
         every_layer(streams, life, attending=True)
     streams.compare_cache()
     return streams
@@ -294,7 +295,6 @@ WINDOWS = [
     Window(66, 66, 0, 100, chunk=7, first=3, head_dim=48),  # everything is in the window
     Window(90, 90, 18, 18, chunk=18, first=6, pairing="half", size=(2, 3), head_dim=128),
     Window(1, 50, 4, 12, pairing="half"),  # one token decoded, one axis of rope
-    Window(146, 240, 0, 189),  # tiles of rows, and of keys, whose bounds lie beside multiples of 32
     WITHIN_A_FRAME,
 ]
 

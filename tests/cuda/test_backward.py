@@ -132,8 +132,6 @@ WINDOWS = {
     "rope": (160, 160, (12, 36, 12, 12, True), "interleaved", (2, 1)),
     "half": (130, 172, (12, 24, 12, 6, True), "half", (1, 1)),
     "past_only": (140, 140, (6, 36, 12, 6, False), "interleaved", (1, 1)),
-    # In a tile of rows, and of keys, the last begins and the first ends beside a multiple of 32, a swept tile's.
-    "bounds beside tiles": (146, 240, (0, 189, 1, 1, True), None, (1, 1)),
     "dense": (66, 66, (0, 100, 100, 100, True), None, (1, 1)),
 }
 

@@ -35,6 +35,11 @@ def test_streams(device, emulated, case, chunk, slope, hopper):
         edges.run_stream("cuda", device, torch.bfloat16, case, slope, chunk)
 
 
+@edges.BOTH
+def test_gradients(device, slope):
+    edges.run_gradients("cuda", device, torch.bfloat16, edges.GRADIENTS[128], slope)
+
+
 @each_kernel
 def test_weights_are_rounded_to_the_nearest(device, emulated, hopper):
     with kernels(emulated, hopper):
