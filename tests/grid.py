@@ -170,7 +170,10 @@ def run_saturated(backend: str, device: torch.device, head_dim: int, given: torc
 
 
 class Chunk(NamedTuple):
-    """The open chunk of streams of the given ages (frames before it was opened), against its frozen past."""
+    """The open chunk of streams of the given ages (frames before it was opened), against its frozen past.
+
+    resting: streams that do not advance, whose newest frames are opened again; a young one lacks the first of them.
+    """
 
     ages: tuple[int, ...]
     sinks: int
@@ -181,10 +184,12 @@ class Chunk(NamedTuple):
     pairing: str | None = "interleaved"
     kv_heads: int = 1
     size: tuple[int, int] = (2, 5)
+    resting: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         heads = f"D{self.head_dim}-H{self.group * self.kv_heads}:{self.kv_heads}"
-        return f"N{self.ages}-S{self.sinks}-W{self.window}-F{self.frames}-{heads}-{self.pairing}".replace(" ", "")
+        streams = f"N{self.ages}{'-resting' if self.resting else ''}-S{self.sinks}-W{self.window}-F{self.frames}"
+        return f"{streams}-{heads}-{self.pairing}".replace(" ", "")
 
 
 CHUNKS = [
@@ -201,7 +206,7 @@ CHUNKS = [
         },
         excluded=lambda row: row.get("frames", 1) > row.get("window", 6),
     )
-]
+] + [Chunk((1, 4), 1, 3, 3, resting=(0,))]
 
 
 def run_chunk(backend: str, device: torch.device, dtype: torch.dtype, case: Chunk) -> None:
@@ -220,7 +225,7 @@ def run_chunk(backend: str, device: torch.device, dtype: torch.dtype, case: Chun
                 kv = torch.randn(2, batch, tokens, case.kv_heads, case.head_dim, device=device)
                 cache.begin_chunk(1, samples=[b for b in range(batch) if age < case.ages[b]])
                 cache[0].write(*kv.to(dtype).to(run_dtype))
-            cache.begin_chunk(case.frames)
+            cache.begin_chunk(case.frames, samples=[b for b in range(batch) if b not in case.resting])
         contexts.append(cache[0].context())
     heads = (case.group * case.kv_heads, case.kv_heads, case.kv_heads)
     qkv = [
