@@ -146,7 +146,8 @@ class Streams:
             with rf.use_backend(name):
                 cache[layer].write(k.to(dtype), v.to(dtype))
 
-    def compare_cache(self) -> None:
+    def compare_cache(self, truncated: bool = False) -> None:
+        """truncated: what runs the kernels does not round to the nearest."""
         for name in ("k", "v", "sink_k", "sink_v"):
             triple = [getattr(cache, name) for cache in (self.ours, self.plain, self.exact)]
             if triple[0] is None:
@@ -155,5 +156,5 @@ class Streams:
             if self.dtype != torch.float32 and name == "sink_k":
                 band = self.dtype  # folds keys that the cache holds rounded after their rotation
             check(name, *triple, band)
-            if self.exact is not self.plain:
+            if self.exact is not self.plain and not truncated:
                 budget.check_unbiased(triple[0], triple[2], name, band)

@@ -83,7 +83,7 @@ def test_bfloat16_cache(device):
     for _ in range(4):
         streams.begin(2)
         streams.write()
-    streams.compare_cache()
+    streams.compare_cache(truncated=device.type == "cpu")  # the interpreter's conversion to bfloat16
 
 
 def test_far_along(device):
