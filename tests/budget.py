@@ -38,3 +38,15 @@ def check(
         f"{what}: error {error.max().item():.3e} at {at} (got {value[at].item():.6g}, exact {exact[at].item():.6g}), "
         f"allowed {allowed:.3e} = 2 * {plain_error:.3e} + {band:.3e}"
     )
+
+
+def check_unbiased(got: torch.Tensor, exact: torch.Tensor, what: str, dtype: torch.dtype) -> None:
+    """In a half type: many numbers rounded to the nearest are as long as the exact ones; truncated, a third of a unit
+    shorter."""
+    value, exact = got.detach().cpu().double(), exact.detach().cpu().double()
+    known = exact.isfinite()
+    length = exact[known].square().sum().item()
+    if known.sum() < 256 or length == 0 or dtype.itemsize > 2:
+        return  # too few to average out, or no more exact than what all of them are multiplied by
+    longer = (value[known] * exact[known]).sum().item() / length - 1
+    assert abs(longer) <= torch.finfo(dtype).eps / 8, f"{what}: longer than it should be by a part of {longer:.2e}"

@@ -27,12 +27,21 @@ WINDOWS = [
         (192 + keys, 256 + keys, 64 + sinks, 64, 1) for keys, sinks in itertools.product(AROUND, (-1, 1))
     ),  # two segments
     *((128, 256, 64 + sinks, 64 - sinks, 32) for sinks in AROUND),
-    # From the first key of the first row to that of the last: 64 and 128, and their neighbours.
-    *((65 + rows, 300, 3, 150, 1) for rows in AROUND),
-    *((128, 600, 5, 300, 128 + tokens) for tokens in AROUND),
+]
+# From the first key of the first row to that of the last: 64 and 128, and their neighbours. Only scores that fall show
+# what comes before the first key, and no sink may outweigh it.
+FIRST_KEYS = [
+    *((65 + rows, 300, 0, 150, 1) for rows in AROUND),
+    *((128, 600, 0, 300, 128 + tokens) for tokens in AROUND),
 ]
 # Tokens of a frame and frames before the open one.
 STREAMS = [*((128 + tokens, 1) for tokens in AROUND), *((64 + tokens, 2) for tokens in AROUND), (65, 11), (63, 11)]
+
+
+# Queries, keys, window. In a tile of 128 rows or keys, or of 32, the last begins and the first ends beside a multiple
+# of 32, which is what the backward kernels sweep at a time.
+GRADIENTS = {128: (146, 240, 189), 32: (64, 94, 93)}
+BOTH = pytest.mark.parametrize("slope", [SLOPE, -SLOPE], ids=["rising", "falling"])
 
 
 def in_turns(cases: list) -> list:
@@ -42,6 +51,10 @@ def in_turns(cases: list) -> list:
         pytest.param(case, slope, id=f"{name}-{case}".replace(" ", ""), marks=[pytest.mark.slow] * ((i + j) % 2))
         for (i, case), (j, (name, slope)) in both
     ]
+
+
+def falling(cases: list) -> list:
+    return [pytest.param(case, -SLOPE, id=f"falling-{case}".replace(" ", "")) for case in cases]
 
 
 def rising(queries: int, keys: int, slope: float, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
@@ -71,12 +84,37 @@ def run_window(backend: str, device: torch.device, dtype: torch.dtype, case: tup
     compare(str(case), *results, dtype)
 
 
+def run_gradients(
+    backend: str, device: torch.device, dtype: torch.dtype, case: tuple[int, int, int], slope: float
+) -> None:
+    """A tile that is taken for one that every row sees has a key or a row too many, which outweighs its neighbours."""
+    queries, keys, window = case
+    oracle.compare(
+        backend,
+        lambda _, *qkv: rf.sink_window_attention(*qkv, sink_tokens=0, window_tokens=window, return_lse=True),
+        rising(queries, keys, slope, dtype, device), dtype,
+    )  # fmt: skip
+
+
 def run_constant(backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """Values of 1 give 1: weights are rounded to the nearest, for truncated ones sum to a unit less."""
     q, k = (torch.randn(1, tokens, 1, HEAD_DIM, device=device).to(dtype) for tokens in (128, 512))
     with rf.use_backend(backend):
         out = rf.sink_window_attention(q, k, torch.ones_like(k), sink_tokens=0, window_tokens=None, chunk_tokens=512)
     assert torch.equal(out, torch.ones_like(out))
+
+
+def run_unbiased(backend: str, device: torch.device, dtype: torch.dtype, keys: int = 768) -> None:
+    """Output and gradients, of few queries and many keys, which blocks share: nothing is truncated on the way."""
+    qkv = [torch.randn(1, tokens, 1, HEAD_DIM, device=device).to(dtype) for tokens in (64, keys, keys)]
+    incoming, results = torch.randn(1, 64, 1, HEAD_DIM, device=device).to(dtype), []
+    for name, run_dtype in ((backend, dtype), ("reference", torch.float64)):
+        inputs = [x.to(run_dtype).requires_grad_() for x in qkv]
+        with rf.use_backend(name):
+            out = rf.sink_window_attention(*inputs, sink_tokens=0, window_tokens=None, chunk_tokens=1024)
+        results.append((out, *torch.autograd.grad(out, inputs, incoming.to(run_dtype))))
+    for what, got, exact in zip(("out", "grad_q", "grad_k", "grad_v"), *results, strict=True):
+        budget.check_unbiased(got, exact, what, dtype)
 
 
 def run_stream(

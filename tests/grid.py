@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
+import budget
 import oracle
 import torch
 
@@ -117,8 +118,9 @@ def run_life(backend: str, device: torch.device, dtype: torch.dtype, life: Life,
         stage = tuple((seen > edge) - (seen < edge) for edge in (life.sinks, capacity))
         every_layer(streams, life, attending=stage not in reached)
         reached.add(stage)
-    for frames, replace in ((life.frames, life.frames), (life.window, life.window // 2)):
-        streams.begin(frames, replace)
+    some = [0] if life.batch > 1 else None  # the others rest with full caches, of which nothing may leave
+    for frames, replace, samples in ((life.frames, life.frames, None), (life.window, life.window // 2, some)):
+        streams.begin(frames, replace, samples=samples)
         every_layer(streams, life, attending=True)
     streams.compare_cache()
     return streams
@@ -133,11 +135,45 @@ def every_layer(streams: oracle.Streams, life: Life, attending: bool) -> None:
             streams.write(layer)
 
 
+def _stream(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> oracle.Streams:
+    return oracle.Streams(
+        backend, device, dtype, rope_of(head_dim, "interleaved", (2, 3)), num_layers=1, batch_size=1, num_kv_heads=1,
+        frame_tokens=6, sink_frames=1, window_frames=2, alpha=0.5,
+    )  # fmt: skip
+
+
+def run_far_along(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Phases at frame 10**6 are as good as at frame 0."""
+    streams = _stream(backend, device, dtype, head_dim)
+    for _, cache, _ in streams.runs():
+        cache.num_frames += 10**6
+        cache._set_ages([10**6])
+    streams.begin(2)
+    streams.run_pass()
+    streams.compare_cache()
+
+
+def run_saturated(backend: str, device: torch.device, head_dim: int, given: torch.dtype) -> None:
+    """Keys that a rotation takes out of float16's range, and values that are not within it."""
+    streams = _stream(backend, device, torch.float16, head_dim)
+    big = torch.full((1, 12, 1, head_dim), 60000.0, device=device, dtype=given)
+    values = big if given == torch.float16 else 2 * big
+    streams.begin(2)
+    for name, cache, _ in streams.runs():
+        with rf.use_backend(name):
+            cache[0].write(big, values)
+    assert streams.ours.k.abs().max() == 65504 and streams.ours.v.max() == values.max().clamp(max=65504)
+    assert torch.equal(streams.ours.v, streams.plain.v)
+
+
 # --- chunk attention --------------------------------------------------------------------------------------------------
 
 
 class Chunk(NamedTuple):
-    """The open chunk of streams of the given ages (frames before it was opened), against its frozen past."""
+    """The open chunk of streams of the given ages (frames before it was opened), against its frozen past.
+
+    resting: streams that do not advance, whose newest frames are opened again; a young one lacks the first of them.
+    """
 
     ages: tuple[int, ...]
     sinks: int
@@ -148,10 +184,12 @@ class Chunk(NamedTuple):
     pairing: str | None = "interleaved"
     kv_heads: int = 1
     size: tuple[int, int] = (2, 5)
+    resting: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         heads = f"D{self.head_dim}-H{self.group * self.kv_heads}:{self.kv_heads}"
-        return f"N{self.ages}-S{self.sinks}-W{self.window}-F{self.frames}-{heads}-{self.pairing}".replace(" ", "")
+        streams = f"N{self.ages}{'-resting' if self.resting else ''}-S{self.sinks}-W{self.window}-F{self.frames}"
+        return f"{streams}-{heads}-{self.pairing}".replace(" ", "")
 
 
 CHUNKS = [
@@ -168,7 +206,7 @@ CHUNKS = [
         },
         excluded=lambda row: row.get("frames", 1) > row.get("window", 6),
     )
-]
+] + [Chunk((1, 4), 1, 3, 3, resting=(0,))]
 
 
 def run_chunk(backend: str, device: torch.device, dtype: torch.dtype, case: Chunk) -> None:
@@ -187,10 +225,13 @@ def run_chunk(backend: str, device: torch.device, dtype: torch.dtype, case: Chun
                 kv = torch.randn(2, batch, tokens, case.kv_heads, case.head_dim, device=device)
                 cache.begin_chunk(1, samples=[b for b in range(batch) if age < case.ages[b]])
                 cache[0].write(*kv.to(dtype).to(run_dtype))
-            cache.begin_chunk(case.frames)
+            cache.begin_chunk(case.frames, samples=[b for b in range(batch) if b not in case.resting])
         contexts.append(cache[0].context())
     heads = (case.group * case.kv_heads, case.kv_heads, case.kv_heads)
-    qkv = [oracle.uneven(batch, case.frames * tokens, h, case.head_dim, dtype=dtype, device=device) for h in heads]
+    qkv = [
+        oracle.uneven(batch, case.frames * tokens, h, case.head_dim, dtype=dtype, device=device, spare=spare)
+        for h, spare in zip(heads, oracle.SPARES, strict=True)
+    ]
     oracle.compare(
         backend, lambda run, q, k, v: rf.chunk_attention(q, k, v, contexts[run], return_lse=True), qkv, dtype
     )
@@ -252,12 +293,14 @@ def _windows() -> list[Window]:
     return cases
 
 
+WITHIN_A_FRAME = Window(40, 66, 6, 18, 6, pairing="interleaved", size=(2, 3))  # the first query
 WINDOWS = [
     *_windows(),
     Window(33, 70, 40, 10, group=4),  # more sinks than window, tiles end inside both
     Window(66, 66, 0, 100, chunk=7, first=3, head_dim=48),  # everything is in the window
     Window(90, 90, 18, 18, chunk=18, first=6, pairing="half", size=(2, 3), head_dim=128),
     Window(1, 50, 4, 12, pairing="half"),  # one token decoded, one axis of rope
+    WITHIN_A_FRAME,
 ]
 
 
@@ -265,11 +308,12 @@ def run_window(backend: str, device: torch.device, dtype: torch.dtype, case: Win
     """Output, normaliser and all gradients, through both."""
     rope = rope_of(case.head_dim, case.pairing, case.size)
     qkv = [
-        oracle.uneven(case.batch, tokens, heads, case.head_dim, dtype=dtype, device=device)
-        for tokens, heads in (
-            (case.queries, case.group * case.kv_heads),
-            (case.keys, case.kv_heads),
-            (case.keys, case.kv_heads),
+        oracle.uneven(case.batch, tokens, heads, case.head_dim, dtype=dtype, device=device, spare=spare)
+        for tokens, heads, spare in zip(
+            (case.queries, case.keys, case.keys),
+            (case.group * case.kv_heads, case.kv_heads, case.kv_heads),
+            oracle.SPARES,
+            strict=True,
         )
     ]
     oracle.compare(
@@ -358,3 +402,4 @@ def run_loss(backend: str, device: torch.device, dtype: torch.dtype, case: Loss)
         results.append([loss, torch.autograd.grad(3 * loss, leaf)[0]])
     for name, *triple in zip(("loss", "grad"), *results, strict=True):
         oracle.check(name, *triple, torch.float32 if name == "loss" else dtype)
+    budget.check_unbiased(results[0][1], results[2][1], "grad", dtype)

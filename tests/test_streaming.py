@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import budget
+import grid
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -160,6 +161,12 @@ def test_streams_equal_the_literal_definition(dtype, device, backend):
         pair.check()
 
     run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_frames_fuse_into_a_slot_in_order(dtype, device, backend):
+    """Three at a time into two slots, an alpha per head, in streams that do not all advance."""
+    grid.run_life(backend, device, dtype, grid.Life(2, 3, 3, (0.5, 1.0), batch=3, layers=2, kv_heads=2))
 
 
 BASE = Case(2, 3, (2, 2), 1, 1, 2, 1, 8, (0.9, 0.9), False, False, True, ())

@@ -200,6 +200,11 @@ def test_prefix_forms(cuda_module, options, hopper):
     run_prefix(cuda_module, BF16, 128, hopper=hopper, **options)
 
 
+def test_sixteen_shares(cuda_module):
+    """As many as there may be, each of one tile."""
+    run_prefix(cuda_module, BF16, 64, frames=1, size=(12, 12), ages=(40,), heads=(1, 1), shares=16)
+
+
 def test_tiles_of_32_keys(cuda_module):
     """The kernel of multiprocessors with 100 KB of shared memory."""
     run_prefix(cuda_module, BF16, 128, ages=(3,), heads=(1, 1), keys=32)

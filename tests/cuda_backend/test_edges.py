@@ -21,7 +21,7 @@ def kernels(emulated, hopper: bool):
 
 
 @each_kernel
-@pytest.mark.parametrize("case, slope", edges.in_turns(edges.WINDOWS))
+@pytest.mark.parametrize("case, slope", [*edges.in_turns(edges.WINDOWS), *edges.falling(edges.FIRST_KEYS)])
 def test_windows(device, emulated, case, slope, hopper):
     with kernels(emulated, hopper):
         edges.run_window("cuda", device, torch.bfloat16, case, slope)
@@ -35,7 +35,16 @@ def test_streams(device, emulated, case, chunk, slope, hopper):
         edges.run_stream("cuda", device, torch.bfloat16, case, slope, chunk)
 
 
+@edges.BOTH
+def test_gradients(device, slope):
+    edges.run_gradients("cuda", device, torch.bfloat16, edges.GRADIENTS[128], slope)
+
+
 @each_kernel
 def test_weights_are_rounded_to_the_nearest(device, emulated, hopper):
     with kernels(emulated, hopper):
         edges.run_constant("cuda", device, torch.bfloat16)
+
+
+def test_nothing_is_truncated(device):
+    edges.run_unbiased("cuda", device, torch.bfloat16)

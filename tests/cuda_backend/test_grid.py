@@ -38,9 +38,24 @@ def test_a_stream_of_other_head_sizes(device, life):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_published_arithmetic_in_half_precision(device, dtype):
-    life = grid.Life(2, 3, 2, alpha=0.75, head_dim=64, size=(3, 5))
+    life = grid.Life(2, 3, 2, alpha=0.7, head_dim=64, size=(3, 5))  # no product is exact
     streams = grid.run_life("cuda", device, dtype, life, sink_dtype=dtype)
     assert torch.equal(streams.ours.v, streams.plain.v), "values are averaged bit for bit as published"
+
+
+def test_an_alpha_for_each_head(device):
+    """Three frames at a time into two slots, in streams that do not all advance."""
+    life = grid.Life(2, 3, 3, (0.5, 1.0), head_dim=64, batch=3, layers=2, kv_heads=2)
+    grid.run_life("cuda", device, torch.bfloat16, life)
+
+
+def test_far_along(device):
+    grid.run_far_along("cuda", device, torch.bfloat16, 64)
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float16], ids=str)
+def test_float16_saturates(device, given):
+    grid.run_saturated("cuda", device, 64, given)
 
 
 @pytest.mark.parametrize(("dtype", "case"), spread(grid.CHUNKS, 8))
@@ -67,7 +82,7 @@ def test_whole_tiles_and_a_tail(device, emulated, use, hopper):
 HOPPER_CASES = {
     "stream": (grid.run_life, grid.Life(2, 3, 2, head_dim=64, group=2, size=(3, 5))),
     "chunk": (grid.run_chunk, grid.Chunk((5, 7), 2, 3, 2, head_dim=128, group=2)),
-    "window": (grid.run_window, next(case for case in grid.WINDOWS if case.size)._replace(head_dim=64)),
+    "window": (grid.run_window, grid.WITHIN_A_FRAME._replace(head_dim=64)),
 }
 
 

@@ -40,7 +40,7 @@ def test_an_alpha_for_each_head(device, sink_dtype):
 
 @pytest.mark.parametrize("pairing", ["interleaved", None])
 def test_published_arithmetic_in_half_precision(device, pairing):
-    streams = grid.run_life("triton", device, torch.float16, Life(2, 2, 2, 0.75, pairing=pairing), torch.float16)
+    streams = grid.run_life("triton", device, torch.float16, Life(2, 2, 2, 0.7, pairing=pairing), torch.float16)
     assert torch.equal(streams.ours.v.isnan(), streams.plain.v.isnan())
     assert torch.equal(*(x.v.nan_to_num() for x in (streams.ours, streams.plain))), "averaged bit for bit as published"
 
@@ -83,29 +83,16 @@ def test_bfloat16_cache(device):
     for _ in range(4):
         streams.begin(2)
         streams.write()
-    streams.compare_cache()
+    streams.compare_cache(truncated=device.type == "cpu")  # the interpreter's conversion to bfloat16
 
 
 def test_far_along(device):
-    """Phases at frame 10**6 are as good as at frame 0."""
-    streams = stream(device)
-    for _, cache, _ in streams.runs():
-        cache.num_frames += 10**6
-        cache._set_ages([10**6])
-    streams.begin(2)
-    streams.run_pass()
-    streams.compare_cache()
+    grid.run_far_along("triton", device, torch.float32, 32)
 
 
-def test_float16_saturates(device):
-    streams = stream(device, torch.float16)
-    big = torch.full((1, 12, 1, 32), 60000.0, device=device)
-    streams.begin(2)
-    for backend, cache, _ in streams.runs():
-        with rf.use_backend(backend):
-            cache[0].write(big, big * 2)
-    assert streams.ours.k.abs().max() == 65504 and streams.ours.v.max() == 65504
-    assert torch.equal(streams.ours.v, streams.plain.v)
+@pytest.mark.parametrize("given", DTYPES.values(), ids=DTYPES)
+def test_float16_saturates(device, given):
+    grid.run_saturated("triton", device, 32, given)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])

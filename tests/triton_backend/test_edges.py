@@ -18,5 +18,14 @@ def test_streams(device, case, chunk, slope):
     edges.run_stream("triton", device, torch.float16, case, slope, chunk)
 
 
+@edges.BOTH
+def test_gradients(device, slope):
+    edges.run_gradients("triton", device, torch.float16, edges.GRADIENTS[32], slope)
+
+
 def test_weights_are_rounded_to_the_nearest(device):
     edges.run_constant("triton", device, torch.float16)
+
+
+def test_nothing_is_truncated(device):
+    edges.run_unbiased("triton", device, torch.float16, keys=96)
