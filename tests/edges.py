@@ -105,7 +105,8 @@ def run_constant(backend: str, device: torch.device, dtype: torch.dtype) -> None
 
 
 def run_unbiased(backend: str, device: torch.device, dtype: torch.dtype, keys: int = 768) -> None:
-    """Output and gradients, of few queries and many keys, which blocks share: nothing is truncated on the way."""
+    """Output and gradients, of few queries and many keys, which blocks share: nothing is truncated, no sum is rounded
+    on the way."""
     qkv = [torch.randn(1, tokens, 1, HEAD_DIM, device=device).to(dtype) for tokens in (64, keys, keys)]
     incoming, results = torch.randn(1, 64, 1, HEAD_DIM, device=device).to(dtype), []
     for name, run_dtype in ((backend, dtype), ("reference", torch.float64)):
@@ -115,6 +116,7 @@ def run_unbiased(backend: str, device: torch.device, dtype: torch.dtype, keys: i
         results.append((out, *torch.autograd.grad(out, inputs, incoming.to(run_dtype))))
     for what, got, exact in zip(("out", "grad_q", "grad_k", "grad_v"), *results, strict=True):
         budget.check_unbiased(got, exact, what, dtype)
+        budget.check_sums_are_wide(got, exact, what, dtype)
 
 
 def run_stream(

@@ -28,4 +28,4 @@ def test_weights_are_rounded_to_the_nearest(device):
 
 
 def test_nothing_is_truncated(device):
-    edges.run_unbiased("triton", device, torch.float16, keys=96)
+    edges.run_unbiased("triton", device, torch.float16, keys=192)
