@@ -76,6 +76,25 @@ def test_accumulators_take_only_what_they_need(device, changes, own):
         assert cache.sink_k is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_numbers_are_rounded_to_the_nearest(dtype, device, backend):
+    """In the middle of two neighbours, ties going to the even one, and right beside it; subnormal ones too."""
+    below = torch.arange(0, 0x7B00, 3, dtype=torch.int16)  # bits of finite positive numbers
+    low, high = (x.view(dtype).to(torch.float32) for x in (below, below + 1))
+    middle = (low + high) / 2  # exact: float32 has bits to spare
+    numbers = torch.cat([middle, middle.nextafter(low), middle.nextafter(high)])
+    numbers = torch.cat([numbers, -numbers])
+    numbers = numbers[: len(numbers) // 64 * 64].view(1, -1, 1, 64).to(device)
+    cache = rf.EMASinkCache(
+        num_layers=1, batch_size=1, num_kv_heads=1, head_dim=64, frame_tokens=numbers.shape[1], sink_frames=0,
+        window_frames=1, dtype=dtype, device=device,
+    )  # fmt: skip
+    cache.begin_chunk(1)
+    cache[0].write(numbers, numbers)
+    for x in (cache[0].k, cache[0].v):
+        torch.testing.assert_close(x, numbers.to(dtype), rtol=0, atol=0)
+
+
 def test_snapshot_and_restore_replay_bit_for_bit(device, backend):
     cache = make(device)
     stream(cache, 3)
