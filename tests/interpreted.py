@@ -11,8 +11,7 @@ _replace = interpreter._patch_lang
 
 
 def _replace_once(function):
-    languages = {id(x): x for x in function.__globals__.values() if x is tl or x is tl.core}
-    if any(tl.core.is_builtin(language.load) for language in languages.values()):
+    if any(tl.core.is_builtin(x.load) for x in function.__globals__.values() if x is tl or x is tl.core):
         return _replace(function)
     return interpreter._LangPatchScope()  # of no changes
 

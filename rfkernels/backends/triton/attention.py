@@ -101,12 +101,9 @@ def sink_window_attention(request: WindowAttention) -> tuple[torch.Tensor, torch
 
 def attend(prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns out in k's dtype and lse float32 ``[B, H_q, N_q]``."""
-    q = addressable(prepared.q)
-    if q is not prepared.q:
-        prepared = prepared._replace(q=q)
-    if prepared.scale < 0:  # the running maximum needs a positive one
-        q = -q
-        prepared = prepared._replace(q=q, scale=-prepared.scale)
+    q, scale = addressable(prepared.q), prepared.scale
+    if scale < 0:  # the running maximum needs a positive one
+        q, scale = -q, -scale
     dtype = prepared.k.dtype
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
@@ -119,7 +116,9 @@ def attend(prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
     # layouts of Q and K that tensor cores cannot load at once.
     if rope is not None and rope.spatial.shape[1] == 0:
         q = rotate(q, rope, dtype, num_frames=prepared.frames.seen, first_token=first_token)
-        prepared = prepared._replace(q=q, rope=None)
+        rope = None
+    if q is not prepared.q:  # else neither rope nor scale has changed, and a copy costs the host a microsecond
+        prepared = prepared._replace(q=q, rope=rope, scale=scale)
     with on_device(q):
         _launch(prepared, sink_q, out, lse)
     return out, lse
@@ -135,14 +134,14 @@ def _launch(prepared: Prepared, sink_q: torch.Tensor | None, out: torch.Tensor, 
     row_tiles = divide_up(queries, tile.rows) * heads * batch
     whole, shares = tiles.plan(arch, row_tiles, prepared.longest, tile, tiles.processors(q.device))
     if whole > 0:
-        _sweep_tiles(prepared, sink_q, out, lse, tile, range(whole), shares=1)
+        _sweep_tiles(arch, prepared, sink_q, out, lse, tile, range(whole), shares=1)
     tail = row_tiles - whole
     if tail == 0:
         return
     tile = tiles.forward_tile(*kind, rope=sink_q is not None, shared=True)  # as many rows
     part_lse = torch.empty(tail, shares, tile.rows, dtype=torch.float32, device=q.device)
     parts = part_lse.new_empty(*part_lse.shape, head_dim)
-    _sweep_tiles(prepared, sink_q, parts, part_lse, tile, range(whole, row_tiles), shares)
+    _sweep_tiles(arch, prepared, sink_q, parts, part_lse, tile, range(whole, row_tiles), shares)
     merged = min(pointwise_rows(block_d), tile.rows)
     merge_kernel[(tail * (tile.rows // merged),)](
         parts, part_lse, out, lse, queries, heads, whole, SHARES=shares, D=head_dim, BLOCK_D=block_d,
@@ -151,8 +150,8 @@ def _launch(prepared: Prepared, sink_q: torch.Tensor | None, out: torch.Tensor, 
 
 
 def _sweep_tiles(
-    prepared: Prepared, sink_q: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, tile: TileSize,
-    row_tiles: range, shares: int,
+    arch: int | None, prepared: Prepared, sink_q: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor,
+    tile: TileSize, row_tiles: range, shares: int,
 ) -> None:  # fmt: skip
     """One launch of the forward kernel over these tiles of queries, with ``shares`` programs for the keys of each."""
     q, k, v, own_k, own_v, frames, mask, rope, scale = prepared
@@ -163,7 +162,7 @@ def _sweep_tiles(
         None if own_k is None or own_v is None else key_values(own_k, own_v), out, lse, frames, rope_of(rope),
         mask_of(mask), scale, queries, k.shape[1], heads, row_tiles.start, GROUP=heads // k.shape[2], D=head_dim,
         BLOCK_D=block_d, BLOCK_M=tile.rows, BLOCK_N=tile.keys, SHARES=shares, STAGES=tile.stages,
-        TWO_FRAMES=frames.tokens >= tile.rows, HIDE_JOIN=tiles.hides_joins(tile), num_warps=tile.warps,
+        TWO_FRAMES=frames.tokens >= tile.rows, HIDE_JOIN=tiles.hides_joins(arch, tile), num_warps=tile.warps,
         num_stages=tile.stages, **FUSION,
         **(ALL_REGISTERS if k.dtype == torch.float32 or block_d > 128 else {}),
     )  # fmt: skip

@@ -45,17 +45,14 @@ def family(arch: int) -> int:
     return 120 if arch >= 120 else 100 if arch >= 100 else 90 if arch >= 90 else 80
 
 
-def hides_joins(tile: TileSize) -> bool:
+def hides_joins(arch: int | None, tile: TileSize) -> bool:
     """Whether queries that ``tl.join`` has put together go through a branch before their product with keys.
 
     Below 3.8 the compiler traces an operand back to a join, takes it for one of half its width, and loads what it is
     multiplied with word by word: twice the instructions of the loop, where products read registers (mma.sync). What
     comes out of a branch is not traced. Elsewhere a branch only costs registers.
     """
-    if not _BEFORE_3_8:
-        return False
-    arch = architecture()
-    return arch in (80, 120) or (arch == 90 and tile.rows < 64)
+    return _BEFORE_3_8 and (arch in (80, 120) or (arch == 90 and tile.rows < 64))
 
 
 def processors(device: torch.device) -> int:
