@@ -135,16 +135,15 @@ def every_layer(streams: oracle.Streams, life: Life, attending: bool) -> None:
             streams.write(layer)
 
 
-def _stream(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> oracle.Streams:
-    return oracle.Streams(
-        backend, device, dtype, rope_of(head_dim, "interleaved", (2, 3)), num_layers=1, batch_size=1, num_kv_heads=1,
-        frame_tokens=6, sink_frames=1, window_frames=2, alpha=0.5,
-    )  # fmt: skip
+def stream(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, **options) -> oracle.Streams:
+    """One layer, one head, six tokens a frame; options of the cache."""
+    common = dict(num_layers=1, batch_size=1, num_kv_heads=1, frame_tokens=6, sink_frames=1, window_frames=2, alpha=0.5)
+    return oracle.Streams(backend, device, dtype, rope_of(head_dim, "interleaved", (2, 3)), **common | options)
 
 
 def run_far_along(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Phases at frame 10**6 are as good as at frame 0."""
-    streams = _stream(backend, device, dtype, head_dim)
+    streams = stream(backend, device, dtype, head_dim)
     for _, cache, _ in streams.runs():
         cache.num_frames += 10**6
         cache._set_ages([10**6])
@@ -155,7 +154,7 @@ def run_far_along(backend: str, device: torch.device, dtype: torch.dtype, head_d
 
 def run_saturated(backend: str, device: torch.device, head_dim: int, given: torch.dtype) -> None:
     """Keys that a rotation takes out of float16's range, and values that are not within it."""
-    streams = _stream(backend, device, torch.float16, head_dim)
+    streams = stream(backend, device, torch.float16, head_dim)
     big = torch.full((1, 12, 1, head_dim), 60000.0, device=device, dtype=given)
     values = big if given == torch.float16 else 2 * big
     streams.begin(2)

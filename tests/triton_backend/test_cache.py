@@ -6,7 +6,7 @@ import grid
 import pytest
 import torch
 from grid import LIVES, Life
-from oracle import Streams, check, runs, uneven
+from oracle import check, runs, uneven
 
 import rfkernels as rf
 from rfkernels import backends
@@ -60,14 +60,8 @@ def test_a_librarys_passes(device, monkeypatch, pairing):
     grid.run_life("library:torch_sdpa", device, torch.float32, life)
 
 
-def stream(device, dtype=torch.float32, **options) -> Streams:
-    """One layer, one head, six tokens a frame."""
-    common = dict(num_layers=1, batch_size=1, num_kv_heads=1, frame_tokens=6, sink_frames=1, window_frames=2, alpha=0.5)
-    return Streams("triton", device, dtype, rf.Rope3D(32, 2, 3), **common | options)
-
-
 def test_only_some_streams_advance(device):
-    streams = stream(device, batch_size=3, num_layers=2, sink_frames=2)
+    streams = grid.stream("triton", device, torch.float32, 32, batch_size=3, num_layers=2, sink_frames=2)
     for samples in ([2], [1, 2], [2], [1, 2], [2], [0, 1, 2]):
         streams.begin(1, samples=samples)
         streams.write(1)
@@ -79,7 +73,7 @@ def test_only_some_streams_advance(device):
 
 def test_bfloat16_cache(device):
     """Without products: the interpreter's are wrong in bfloat16."""
-    streams = stream(device, torch.bfloat16, sink_frames=2)
+    streams = grid.stream("triton", device, torch.bfloat16, 32, sink_frames=2)
     for _ in range(4):
         streams.begin(2)
         streams.write()
